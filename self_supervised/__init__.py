@@ -1,0 +1,2 @@
+"Self-supervised pretraining as fastai callbacks"
+__version__ = "0.1.0"
