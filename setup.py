@@ -9,8 +9,9 @@ ini.read(here/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 extras = {k.removesuffix('_requirements'): v.split() for k,v in cfg.items() if k.endswith('_requirements')}
 
-setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
-      author=cfg['author'], license=cfg['license'], python_requires=f">={cfg['min_python']}",
+setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'].split(),
+      author=cfg['author'], license_expression=cfg['license'], license_files=['LICENSE', 'self_supervised/datasets/LICENSE*'],
+      python_requires=f">={cfg['min_python']}",
       long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
       classifiers=[f"Development Status :: {cfg['status']}", 'Intended Audience :: Developers', 'Intended Audience :: Science/Research',
                    'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],

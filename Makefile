@@ -1,0 +1,67 @@
+# In a fresh clone `make demo` or `make test` is all there is to type: each target that needs the environment makes it first.
+SHELL       := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PY     := $(BIN)/python
+STAMP  := $(VENV)/.installed
+MIN_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
+comma      := ,
+
+unexport PYTHONPATH PYTHONHOME
+
+.PHONY: help demo test check lint sync notebooks pytest export clean-nbs
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
+	@echo; echo "VENV=dir puts the environment elsewhere than in .venv; PYTHON=python3.x makes it with another Python."
+
+demo: $(STAMP) ## pretrain on the embedded images, then print a table and write pictures
+	@$(PY) examples/demo.py
+
+test: lint sync notebooks pytest ## everything CI runs: lint, sync, notebooks, pytest
+
+check: test ## the same as test
+
+lint: $(STAMP) ## ruff, for errors only
+	$(PY) -m ruff check .
+
+sync: $(STAMP) ## are notebooks and modules in step, and is the tree tidy?
+	$(PY) -m pytest tests/test_sync.py
+
+notebooks: $(STAMP) ## run every notebook; none may fail or leave a file behind
+	@before=$$(find nbs -type f | sort); \
+	OMP_NUM_THREADS=1 $(PY) $(BIN)/nbdev-test --n-workers 2 --timing; \
+	diff <(echo "$$before") <(find nbs -type f | sort) || { echo "make: the notebooks left these files behind (>)" >&2; exit 1; }
+
+pytest: $(STAMP) ## the tests under tests/
+	$(PY) -m pytest
+
+export: $(STAMP) ## write the modules from the notebooks
+	$(PY) $(BIN)/nbdev-export
+
+clean-nbs: $(STAMP) ## drop run counts and other metadata from the notebooks, keep their outputs
+	$(PY) $(BIN)/nbdev-clean
+
+# The stamp holds the path of the tree that the environment was installed for: one that was moved,
+# or that belongs to another clone, would import the wrong code, and is installed again.
+INSTALLED_FOR := $(shell cat "$(STAMP)" 2>/dev/null)
+ifneq "$(INSTALLED_FOR)" "$(CURDIR)"
+.PHONY: $(STAMP)
+endif
+$(STAMP): settings.ini setup.py pyproject.toml constraints.txt
+	@$(PY) -m pip --version >/dev/null 2>&1 || { \
+	  command -v "$(PYTHON)" >/dev/null || { echo "make: there is no $(PYTHON); name your Python, $(MIN_PYTHON) or newer: make PYTHON=/path/to/python3" >&2; exit 1; }; \
+	  "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < ($(subst .,$(comma),$(MIN_PYTHON))))' \
+	    || { echo "make: Python $(MIN_PYTHON) or newer is needed, this is $$("$(PYTHON)" --version 2>&1); name another: make PYTHON=python3.12" >&2; exit 1; }; \
+	  "$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null \
+	    || { echo "make: this Python cannot make environments; on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }; \
+	  "$(PYTHON)" -m venv "$(VENV)"; }
+	@echo '*' > "$(VENV)/.gitignore"
+	@echo "Installing self_supervised and what it needs into $(VENV): about 6 GB the first time, a few minutes"
+	@$(PY) -m pip install -e '.[dev]' -c constraints.txt
+	@echo "$(CURDIR)" > "$(STAMP)"
