@@ -87,8 +87,10 @@ class ImageTensors:
         self.x,self.y,self.vocab,self.loss_func = x.as_subclass(TensorImageBW if x.shape[1]==1 else TensorImage),y,vocab,no_loss
         if y is not None and y.ndim==1 and not y.is_floating_point():
             self.y,self.loss_func = y.long().as_subclass(TensorCategory),CrossEntropyLossFlat()
-            if vocab is None: self.vocab = [str(i) for i in range(int(y.max())+1)] if len(y) else []
+            top = int(y.max()) if len(y) else -1
+            if vocab is None: self.vocab = [str(i) for i in range(top+1)]
             self.c = len(self.vocab)
+            if top>=self.c: raise ValueError(f'there is a label {top}, but vocab has {self.c} classes, 0 to {self.c-1}: pass a vocab that names them all')
 
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return (self.x[i],) if self.y is None else (self.x[i],self.y[i])
@@ -126,7 +128,7 @@ def tensor_dls(
     seed:int=None, # of the order of the training images; None: Python's `random` decides
     device:torch.device=None, # where batches go; default: fastai's `default_device()`
     drop_last:bool=True, # leave out the last training batch if it is short
-    **kwargs, # to `TfmdDL`: `val_bs`, `after_batch`, ...
+    **kwargs, # to `TfmdDL`, such as `after_batch`
 ) -> DataLoaders: # batches (x,) or (x,y)
     "DataLoaders over images in memory, with labels or without"
     x,y = _images_labels('train', train)
@@ -147,7 +149,10 @@ def _hw(size):
     if len(hw)!=2 or not all(isinstance(o, int) and o>0 for o in hw): raise ValueError(f'size={size!r} must be a whole number of pixels or a pair (h,w)')
     return hw
 
-_modes = {1:'L', 3:'RGB'}
+def _mode(n_in):
+    "Pillow's mode for `n_in` channels"
+    if n_in not in (1,3): raise ValueError(f'n_in={n_in} must be 1 (grey) or 3 (colour): for other images read them yourself and use tensor_dls, or DataLoaders of your own')
+    return 'L' if n_in==1 else 'RGB'
 
 def open_image(
     fn:str|Path, # an image file
@@ -155,12 +160,16 @@ def open_image(
     n_in:int=3, # channels: 3 for colour, 1 for grey
 ) -> TensorImage: # uint8 (n_in,h,w)
     "Decode `fn`, cut the largest centred box of the shape of `size` and resize it"
-    h,w = _hw(size)
+    (h,w),mode = _hw(size),_mode(n_in)
     try:
         with Image.open(fn) as im:
             if im.mode[0] in 'IF': raise ValueError(f'its pixels have mode {im.mode}, convert it to 8 bits a channel or use tensor_dls')
             im.draft(None, (2*max(h,w),)*2)
-            im = ImageOps.fit(ImageOps.exif_transpose(im).convert(_modes[n_in]), (w,h), Image.Resampling.BILINEAR)
+            im = ImageOps.exif_transpose(im).convert(mode)
+        s = min(im.width/w, im.height/h)
+        bw,bh = max(1, round(w*s)),max(1, round(h*s))
+        l,t = (im.width-bw)//2,(im.height-bh)//2 # whole pixels: an image that fits already is not blurred
+        im = im.resize((w,h), Image.Resampling.BILINEAR, box=(l,t,l+bw,t+bh))
     except Exception as e: # a decoder raises nearly anything for a damaged file
         raise ValueError(f'cannot read the image {fn} ({type(e).__name__}: {e}): mend or delete it, or pass skip_bad=True to image_dls') from e
     x = torch.from_numpy(np.array(im))
@@ -213,10 +222,10 @@ def image_dls(
     seed:int=None, # of the split and the order; None: the split of seed 0, and an order by Python's `random`
     device:torch.device=None, # where batches go; default: fastai's `default_device()`
     drop_last:bool=True, # leave out the last training batch if it is short
-    **kwargs, # to `TfmdDL`: `val_bs`, `after_batch`, `pin_memory`, ...
+    **kwargs, # to `Datasets.dataloaders`, such as `val_bs`, `after_batch`, `pin_memory`
 ) -> DataLoaders: # batches (x,) or (x,y), x uint8 (B,n_in,h,w)
     "DataLoaders over image files, with labels or without"
-    if n_in not in _modes: raise ValueError(f'n_in={n_in} must be 1 (grey) or 3 (colour): for other images read them yourself and use tensor_dls, or DataLoaders of your own')
+    _mode(n_in)
     if not 0<=valid_pct<1: raise ValueError(f'valid_pct={valid_pct} must be at least 0 and below 1: 0.1 keeps a tenth for validation')
     opn,fns = partial(open_image, size=_hw(size), n_in=n_in),_list_images(source)
     if num_workers is None: num_workers = 0 if len(fns)<500 else min(8, defaults.cpus)

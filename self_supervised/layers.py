@@ -21,7 +21,6 @@ class PoolingType:
     "Ways to pool a grid of features to one vector; attributes complete with tab and catch typos"
     Fast,Avg,AvgMax,CatAvgMax,Max = 'fast','avg','avgmax','catavgmax','max'
 
-# %% ../nbs/04_layers.ipynb #d6964b3a
 def _pool_layer(pool_type):
     "Layer that pools (B,C,h,w) to (B,C,1,1), or to (B,2C,1,1) for `CatAvgMax`"
     layers = dict(fast=nn.AdaptiveAvgPool2d, avg=nn.AdaptiveAvgPool2d, max=nn.AdaptiveMaxPool2d,
@@ -99,7 +98,6 @@ def _timm_model(arch, **kwargs):
         if 'dynamic_img_size' in kwargs or 'dynamic_img_size' not in str(e): raise
     return timm.create_model(arch, **kwargs)
 
-# %% ../nbs/04_layers.ipynb #0c8d3e4a
 def create_timm_encoder(
     arch:str, # name of a timm model; retired names work
     pretrained:bool=True, # load timm's default weights for `arch`, or those of a tag (`resnet50.a1_in1k`)
@@ -148,7 +146,6 @@ def encoder_channels(
     if conv is None: raise ValueError(f'{type(encoder).__name__} has no convolution to read the number of channels from: pass n_in')
     return conv.in_channels
 
-# %% ../nbs/04_layers.ipynb #ddf3a19b
 def encoder_dim(
     encoder:nn.Module, # any encoder
     size=None, # crop size to try, int or (h,w) in pixels; default 64, or the native size of a timm model that was made for one
@@ -232,7 +229,6 @@ def create_model(
     apply_init(head)
     return nn.Sequential(encoder, head)
 
-# %% ../nbs/04_layers.ipynb #c27ddc79
 def model_splitter(
     m:nn.Sequential, # what `create_model` made
 ) -> L: # two lists of parameters
@@ -248,7 +244,6 @@ def _keep_stats(m):
     finally:
         for b,old in stats: b.copy_(old)
 
-# %% ../nbs/04_layers.ipynb #57233623
 class CheckpointSequential(nn.Sequential):
     "An `nn.Sequential` of the same layers and the same `state_dict` that checkpoints its gradients"
     def __init__(self,

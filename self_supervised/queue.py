@@ -9,7 +9,7 @@ __all__ = ['FeatureQueue']
 import torch
 from torch import nn, Tensor
 
-from .dist import all_gather
+from .dist import all_gather, rank, world_size
 
 # %% ../nbs/07_queue.ipynb #6d81c375
 class FeatureQueue(nn.Module):
@@ -35,6 +35,11 @@ class FeatureQueue(nn.Module):
         "Remember `z` of all ranks and forget what is oldest"
         z = all_gather(z.detach().transpose(0,1).contiguous()).transpose(0,1)
         self.feats = torch.cat([z.to(self.feats), self.feats], 1)[:, :self.length]
+
+    @property
+    def local(self) -> Tensor: # (A,n/N,D)
+        "The part of the queue that this of N ranks brings into a joint assignment"
+        return self.feats[:, rank()::world_size()]
 
     def resize(self,
         n_views:int, # assigning views

@@ -54,7 +54,9 @@ def test_constraints_pin_requirements(project, settings):
     pins = dict(re.findall(r'^([\w.-]+)==([^;\s]+)', (project/'constraints.txt').read_text(), re.M))
     canon = lambda s: re.sub(r'[-_.]+', '-', s).lower()
     pins = {canon(k):v for k,v in pins.items()}
-    for r in map(Requirement, f"{settings['requirements']} {settings['dev_requirements']}".split()): assert r.specifier.contains(pins[canon(r.name)]), r
+    for r in map(Requirement, f"{settings['requirements']} {settings['dev_requirements']}".split()):
+        assert canon(r.name) in pins, r
+        assert r.specifier.contains(pins[canon(r.name)]), r
 
 def test_sdist(built):
     with tarfile.open(built[0]) as t: names = {n.split('/', 1)[-1] for n in t.getnames()}

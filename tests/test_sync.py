@@ -164,6 +164,14 @@ def test_documented(module):
     res = {f'{module}.{n}':u for n,o in public(module).items() if (u := undocumented(o))}
     assert not res
 
+def test_all():
+    "`from self_supervised.all import *` brings every public name, none hidden by another module's"
+    ns = {}
+    exec(f'from {pkg}.all import *', ns)
+    for m in modules(root):
+        mod = importlib.import_module(dotted(root, m))
+        assert [n for n in mod.__all__ if ns.get(n, ns) is not getattr(mod, n)]==[], mod.__name__
+
 def test_undocumented_is_seen():
     def bare(a, b=1) -> int: return a
     def full(
