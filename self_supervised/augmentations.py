@@ -132,9 +132,10 @@ def rand_boxes(
 
 # %% ../nbs/03_augmentations.ipynb #f7805d11
 def _size(size):
-    h,w = (size,size) if isinstance(size, int) else tuple(size)
-    if min(h,w)<1: raise ValueError(f'size={size} must be positive: pixels of the side, or (height, width)')
-    return h,w
+    hw = tuple(size) if isinstance(size, (tuple,list)) else (size,size)
+    if len(hw)!=2 or any(o<1 or o!=int(o) for o in hw):
+        raise ValueError(f'size={size} must be positive whole numbers: pixels of the side, or (height, width)')
+    return tuple(int(o) for o in hw)
 
 class BatchTransform(DisplayedTransform):
     "A random step on a batch: `apply` to the images that chance picks, each with probability `p`"
@@ -142,7 +143,7 @@ class BatchTransform(DisplayedTransform):
         p:float=1., # probability for each image
         same_on_batch:bool=False, # draw once for the whole batch
     ):
-        if not 0<=p<=1: raise ValueError(f'p={p} is a probability: between 0 and 1')
+        if not 0<=p<=1: raise ValueError(f'{type(self).__name__}: p={p} is a probability, it must be between 0 and 1')
         super().__init__()
         self.p,self.same_on_batch = p,same_on_batch
 
@@ -196,6 +197,7 @@ class RandomRotate(BatchTransform):
         **kwargs, # `p` and `same_on_batch`
     ):
         super().__init__(**kwargs)
+        if max_deg<0: raise ValueError(f'rotate_deg={max_deg} must not be negative: images turn by up to as much either way')
         self.max_deg = max_deg
 
     def apply(self, x): return rotate(x, self.draw(len(x), -self.max_deg, self.max_deg))
@@ -251,6 +253,8 @@ class NormalizeView(DisplayedTransform):
     ):
         super().__init__()
         self.mean,self.std = (torch.as_tensor(o, dtype=torch.float).reshape(-1,1,1) for o in (mean,std))
+        if len(self.mean)!=len(self.std) or (self.std<=0).any():
+            raise ValueError(f'stats with {len(self.mean)} mean(s) and {len(self.std)} std(s): pass as many of both, and only positive stds')
         if cuda: self.mean,self.std = self.mean.cuda(),self.std.cuda()
 
     def _to(self, x):
@@ -268,9 +272,17 @@ class NormalizeView(DisplayedTransform):
         return x*std+mean
 
 # %% ../nbs/03_augmentations.ipynb #934d0a29
+def _xtra(f):
+    "`f` as a step on plain tensors, which fastai's transforms, going by type, would leave as they are"
+    if isinstance(f, (ApplyTo, BatchTransform)): return f
+    p = Pipeline([f], split_idx=0)
+    res = ApplyTo(p)
+    res.order = p[0].order
+    return res
+
 def _pipeline(tfms, stats, cuda, xtra_tfms):
     if stats is not None: tfms.append(NormalizeView(*stats, cuda=cuda))
-    return Pipeline([*tfms, *xtra_tfms], split_idx=0)
+    return Pipeline([*tfms, *map(_xtra, xtra_tfms)], split_idx=0)
 
 def get_batch_augs(
     size:int|tuple, # of the view: pixels of the side, or (h,w)
@@ -321,11 +333,14 @@ class ApplyTo(DisplayedTransform):
             return torch.cat(res).as_subclass(Tensor)
         return torch.stack([self.f(o) for o in x]) if self.per_image else self.f(x)
 
+    def decodes(self, x:Tensor): return self.f.decode(TensorImage(x)).as_subclass(Tensor) if isinstance(self.f, Pipeline) else x
+
 # %% ../nbs/03_augmentations.ipynb #ee491296
 def _augs_args(size, args, kwargs):
     "The arguments of `get_batch_augs` with its defaults filled in"
     a = inspect.signature(get_batch_augs).bind(size, *args, **kwargs)
     a.apply_defaults()
+    get_batch_augs(**a.arguments) # refuses wrong values, in the same words for every builder
     return AttrDict(a.arguments, size=_size(size))
 
 @delegates(get_batch_augs)

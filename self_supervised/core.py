@@ -22,7 +22,7 @@ from fastai.callback.schedule import LRFinder
 from fastai.learner import AvgMetric
 from fastai.metrics import AccumMetric
 from fastai.callback.training import bn_types
-from fastai.torch_core import get_model, get_random_states, set_random_states, show_image, subplots, to_float
+from fastai.torch_core import apply, get_model, get_random_states, set_random_states, show_image, subplots
 
 # %% ../nbs/00_core.ipynb #a9928654
 @lru_cache(None)
@@ -105,10 +105,12 @@ def after_pred(self:SSLCallback):
     "Borrow `loss_func` until it is called"
     self._borrowed,self.learn.loss_func = (self.learn.loss_func,),self._lf
 
+def _full(o): return o.to(torch.promote_types(o.dtype, torch.float32)) if isinstance(o, Tensor) and o.is_floating_point() else o
+
 @patch
 def _lf(self:SSLCallback, pred, *yb):
     self._give_back()
-    with torch.autocast(self.xb[0][0].device.type, enabled=False): return self.lf(to_float(pred))
+    with torch.autocast(self.xb[0][0].device.type, enabled=False): return self.lf(apply(_full, pred))
 
 @patch
 def _give_back(self:SSLCallback):

@@ -99,7 +99,7 @@ class ImageTensors:
 
 class TensorDL(TfmdDL):
     "A `TfmdDL` over `ImageTensors`: an item is its number, a batch is one indexing"
-    def create_item(self, s): return s or 0
+    def do_item(self, s): return s or 0
     def create_batch(self, b): return self.dataset[torch.tensor(b)]
     def retain(self, res, b): return res
 

@@ -169,9 +169,9 @@ def test_tensor_dls_wrong_use(args, kw, err, msg):
 
 # --- image files
 
-def _photo(h, w, seed=0):
-    "A smooth colour picture with something in every part"
-    g = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(seed))
+def _photo(h, w, seed=0, n=6):
+    "A smooth colour picture with something in every one of its n×n parts"
+    g = torch.rand(3, n, n, generator=torch.Generator().manual_seed(seed))
     x = nn.functional.interpolate(g[None], (h,w), mode='bicubic', align_corners=False)[0].clamp(0,1)
     return Image.fromarray((x*255).round().byte().permute(1,2,0).numpy())
 
@@ -208,7 +208,8 @@ def test_open_image_against_torchvision(tmp_path, n_in, hw, size):
     assert (torch.Tensor(x.float())-ref).abs().max()<=2
 
 def test_large_jpeg_is_as_good_when_decoded_small(tmp_path):
-    im = _photo(1200, 1600); im.save(tmp_path/'a.jpg', quality=95); im.save(tmp_path/'a.png')
+    _photo(600, 800, n=40).save(tmp_path/'a.jpg', quality=95)
+    Image.open(tmp_path/'a.jpg').save(tmp_path/'a.png')
     d = (open_image(tmp_path/'a.jpg', 64).float()-open_image(tmp_path/'a.png', 64).float()).abs()
     assert d.max()<=4 and d.mean()<1
 
@@ -294,7 +295,8 @@ def test_skip_bad_is_quiet_when_all_is_well(folder):
 
 def test_skip_bad_names_ten_and_counts_the_rest(folder):
     for i in range(13): (folder/f'x{i:02}.jpg').write_text('no image')
-    with pytest.warns(UserWarning, match='skipped 13 of 37.*x09.jpg.*and 3 more$'): image_dls(folder, size=16, bs=4, skip_bad=True, device='cpu')
+    with pytest.warns(UserWarning, match='skipped 13 of 37.*x09.jpg.*and 3 more$') as w: image_dls(folder, size=16, bs=4, skip_bad=True, device='cpu')
+    assert 'x10.jpg' not in str(w[0].message)
     with pytest.raises(ValueError, match='none of the 13 files.*x00.jpg.*UnidentifiedImageError'):
         image_dls(sorted(folder.glob('x*.jpg')), size=16, bs=4, skip_bad=True)
 
@@ -373,6 +375,10 @@ def test_predictions_cover_every_image_in_order():
     learn = Learner(dls, nn.Sequential(nn.Flatten(), net), loss_func=lambda p,y: p.mean())
     with learn.no_bar(): p,y = learn.get_preds(0)
     assert y.tolist()==list(range(22)) and (p[:,0]*255).round().tolist()==list(range(22))
+
+def test_emptied_labelled_tensors():
+    dls = tensor_dls((x20,torch.arange(20)), bs=4, device='cpu').new_empty()
+    assert len(dls.train_ds)==len(dls.train_ds.y)==0 and dls.c==20
 
 @pytest.mark.filterwarnings('ignore:.*pickle')
 def test_learner_exports(folder, tmp_path):

@@ -72,9 +72,10 @@ def create_swav_model(
     n_protos:int=3000, # K, number of prototypes (paper, section 4); about ten times the expected clusters, fewer for small data
     bn:bool=True, # batch norm in the projector, as in the official code
     nlayers:int=2, # linear layers in the projector, as in the official code
+    n_features:int=None, # F of the encoder; None: found by a trial run, on 64 pixels unless the encoder is made for another size
 ) -> SwAVModel: # with prototypes of unit length
     "A `SwAVModel` around `encoder`"
-    projector  = create_mlp_module(encoder_dim(encoder), hidden_size, projection_size, bn=bn, nlayers=nlayers)
+    projector  = create_mlp_module(n_features or encoder_dim(encoder), hidden_size, projection_size, bn=bn, nlayers=nlayers)
     apply_init(projector)
     return SwAVModel(encoder, projector, nn.Linear(projection_size, n_protos, bias=False))
 
@@ -169,8 +170,8 @@ def before_step(self:SWAV):
 
 @patch
 def after_step(self:SWAV):
-    "Give the prototypes unit length again"
-    normalize_prototypes(self.ssl_model)
+    "Give the prototypes unit length again, if they moved"
+    if self.ssl_model.prototypes.weight.grad is not None: normalize_prototypes(self.ssl_model)
 
 @patch
 def before_train(self:SWAV):

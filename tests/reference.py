@@ -1,0 +1,59 @@
+"Slow, independent implementations of the definitions, in float64 and with explicit loops"
+import math
+import numpy as np
+
+
+def sinkhorn(scores, eps=.05, n_iters=3):
+    "Codes of `scores` (B,K): prototypes to equal mass first, samples last, on exp(S/eps) in extended precision"
+    B,K = len(scores),len(scores[0])
+    m = np.asarray(scores, dtype=np.longdouble)/np.longdouble(eps)
+    m -= m.max()
+    q = np.exp(m)
+    for _ in range(n_iters):
+        for k in range(K):
+            mass = sum(q[b,k] for b in range(B))
+            for b in range(B): q[b,k] /= mass*K
+        for b in range(B):
+            mass = sum(q[b,k] for k in range(K))
+            for k in range(K): q[b,k] /= mass*B
+    for b in range(B):
+        mass = sum(q[b,k] for k in range(K))
+        for k in range(K): q[b,k] /= mass
+    return q.astype(np.float64)
+
+
+def log_softmax(s): # of one row
+    top = max(s)
+    lse = top + math.log(sum(math.exp(o-top) for o in s))
+    return [o-lse for o in s]
+
+
+def swapped_loss(scores, codes, ids, temp):
+    "`scores` (V,B,K), `codes` (A,B,K): the sum over pairs of different views, written out"
+    V,B,K = len(scores),len(scores[0]),len(scores[0][0])
+    total = 0.
+    for q,a in zip(codes, ids):
+        for v in range(V):
+            if v==a: continue
+            for b in range(B):
+                logp = log_softmax([float(o)/temp for o in scores[v][b]])
+                total += -sum(float(q[b][k])*logp[k] for k in range(K))/B/(V-1)/len(ids)
+    return total
+
+
+class Queue:
+    "The last `length` rows of each assigning view, as Python lists, newest batch first"
+    def __init__(self, n_views, length): self.rows,self.length = [[] for _ in range(n_views)],length
+    def full(self): return all(len(o)==self.length for o in self.rows)
+    def push(self, z): # (A,B,D)
+        for rows,new in zip(self.rows, z): rows[:] = ([list(map(float, o)) for o in new] + rows)[:self.length]
+
+
+def codes(z, scores, ids, prototypes, queue=None, use_queue=False, eps=.05, n_iters=3):
+    "Codes (A,B,K) of the assigning views from numpy arrays z (V,B,D), scores (V,B,K), prototypes (K,D)"
+    B,res = scores.shape[1],[]
+    for i,a in enumerate(ids):
+        s = [list(o) for o in scores[a]]
+        if use_queue: s += [[float(np.dot(o, c)) for c in prototypes] for o in queue.rows[i]]
+        res.append(sinkhorn(s, eps, n_iters)[:B])
+    return np.stack(res)

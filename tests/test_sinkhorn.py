@@ -1,0 +1,70 @@
+import math
+import numpy as np, pytest, torch
+from torch.nn import functional as F
+
+import reference
+from self_supervised.sinkhorn import sinkhorn_knopp
+
+
+def unit_scores(B, K, D=16, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    z,c = (F.normalize(torch.randn(n, D, generator=g, dtype=torch.float64), dim=1) for n in (B,K))
+    return z@c.T
+
+@pytest.mark.parametrize('B,K', [(16,8), (8,16), (5,40), (1,7), (7,1), (1,1)])
+@pytest.mark.parametrize('eps,n_iters', [(.05,3), (.03,1), (.5,10), (.05,0)])
+def test_equals_reference(B, K, eps, n_iters):
+    s = unit_scores(B, K)
+    want = torch.from_numpy(reference.sinkhorn(s.tolist(), eps, n_iters))
+    torch.testing.assert_close(sinkhorn_knopp(s, eps, n_iters), want, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(sinkhorn_knopp(s.float(), eps, n_iters), want.float(), rtol=1e-4, atol=1e-6)
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize('B,K', [(64,16), (16,64), (1,8)])
+def test_rows_and_columns(dtype, B, K):
+    q = sinkhorn_knopp(unit_scores(B, K).to(dtype), n_iters=100)
+    assert q.dtype==torch.float32
+    torch.testing.assert_close(q.sum(1), torch.ones(B), rtol=0, atol=2e-6)
+    torch.testing.assert_close(q.sum(0), torch.full((K,), B/K), rtol=1e-2, atol=1e-4)
+
+@pytest.mark.parametrize('scale', [1e2, 1e4])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_no_overflow(scale, dtype):
+    for s in (unit_scores(32, 10)*scale, torch.full((32,10), scale), torch.full((32,10), -scale), torch.eye(32)[:,:10]*scale):
+        q = sinkhorn_knopp(s.to(dtype))
+        assert q.isfinite().all()
+        torch.testing.assert_close(q.sum(1), torch.ones_like(q[:,0]), rtol=0, atol=2e-6)
+
+def test_large_scores_agree_with_reference():
+    s = unit_scores(12, 6)*20 # exp(400): out of float32's and float16's range, within that of extended precision
+    want = torch.from_numpy(reference.sinkhorn(s.tolist()))
+    torch.testing.assert_close(sinkhorn_knopp(s.float()), want.float(), rtol=1e-3, atol=1e-5)
+
+def test_computed_outside_autocast():
+    s = unit_scores(32, 16).float()
+    with torch.autocast('cpu', torch.bfloat16): q = sinkhorn_knopp(s)
+    assert torch.equal(q, sinkhorn_knopp(s)) and q.dtype==torch.float32
+
+def test_shifting_a_prototype_changes_nothing():
+    "Equal mass on prototypes: a score added to all samples of one prototype must cancel"
+    s = unit_scores(32, 8)
+    torch.testing.assert_close(sinkhorn_knopp(s+torch.arange(8.)[None]*.1), sinkhorn_knopp(s), rtol=1e-8, atol=1e-10)
+
+def test_constant_scores_give_uniform_codes():
+    torch.testing.assert_close(sinkhorn_knopp(torch.full((9,5), .3)), torch.full((9,5), .2))
+
+def test_hard():
+    s = unit_scores(32, 8)
+    q,h = sinkhorn_knopp(s),sinkhorn_knopp(s, hard=True)
+    assert torch.equal(h.argmax(1), q.argmax(1)) and torch.equal(h.sum(1), torch.ones(32, dtype=h.dtype)) and ((h==0)|(h==1)).all()
+
+def test_no_gradient():
+    s = unit_scores(4, 4).requires_grad_()
+    assert not sinkhorn_knopp(s).requires_grad
+
+@pytest.mark.parametrize('kwargs,msg', [(dict(eps=0), 'eps=0 must be positive'), (dict(eps=-1), 'eps=-1')])
+def test_wrong_eps(kwargs, msg):
+    with pytest.raises(ValueError, match=msg): sinkhorn_knopp(unit_scores(4, 4), **kwargs)
+
+def test_wrong_shape():
+    with pytest.raises(ValueError, match=r'\(2, 4, 4\).*samples, prototypes'): sinkhorn_knopp(torch.zeros(2,4,4))
