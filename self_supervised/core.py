@@ -53,11 +53,12 @@ def assert_aug_pipelines(
 class SSLCallback(Callback):
     "Base of all methods: views in place of images, `lf` in place of the loss, and everything put back"
     order,run_valid = MixedPrecision.order-1,True # views are made before autocast begins
+    _borrowed = _rng = None
     def __init__(self,
         aug_pipelines:list, # view pipelines, one a view, each with `split_idx=0`
         print_augs:bool=False, # print the pipelines
     ):
-        self.aug_pipelines,self._borrowed = assert_aug_pipelines(aug_pipelines),None
+        self.aug_pipelines = assert_aug_pipelines(aug_pipelines)
         if print_augs:
             for o in self.aug_pipelines: print(o)
 
@@ -84,6 +85,7 @@ def before_batch(self:SSLCallback):
     x = x.as_subclass(Tensor)
     self.learn.xb = ([o(x) for o in self.aug_pipelines],)
     if not len(self.yb): self.learn.yb = (x,)
+    self.order = float('inf') # in `after_pred` the last one, so that nobody can fail between the swap and the call
 
 @patch
 def _check_batch(self:SSLCallback, x):
@@ -114,6 +116,7 @@ def _lf(self:SSLCallback, pred, *yb):
 
 @patch
 def _give_back(self:SSLCallback):
+    self.order = type(self).order
     if self._borrowed: (self.learn.loss_func,),self._borrowed = self._borrowed,None
 
 # %% ../nbs/00_core.ipynb #360c0dc5
@@ -139,7 +142,7 @@ def after_fit(self:SSLCallback):
 
 @patch
 def after_cancel_batch(self:SSLCallback):
-    "A batch cancelled between prediction and loss gives `loss_func` back too"
+    "A batch that never came to its loss leaves nothing behind either"
     self._give_back()
 
 # %% ../nbs/00_core.ipynb #fae96f43

@@ -15,18 +15,16 @@ from .dist import all_gather, rank, world_size
 class FeatureQueue(nn.Module):
     "The last `length` projections of each assigning view, newest first; a buffer, so it is saved with the model"
     def __init__(self,
-        n_views:int=0, # assigning views, each has its own queue
-        length:int=0, # projections remembered for each of them
-        dim:int=0, # size of a projection
+        length:int=0, # projections remembered for each assigning view; 0 for no queue
     ):
         super().__init__()
         self.length = length
-        self.register_buffer('feats', torch.zeros(n_views, 0, dim))
+        self.register_buffer('feats', torch.zeros(0,0,0)) # (A,n,D): assigning views, projections so far, size of a projection
 
     @property
     def full(self) -> bool: # can it join the assignment?
         "Whether `length` projections are there"
-        return 0 < self.length == self.feats.shape[1]
+        return 0 < self.length <= self.feats.shape[1]
 
     @torch.no_grad()
     def push(self,
@@ -34,7 +32,8 @@ class FeatureQueue(nn.Module):
     ):
         "Remember `z` of all ranks and forget what is oldest"
         z = all_gather(z.detach().transpose(0,1).contiguous()).transpose(0,1)
-        self.feats = torch.cat([z.to(self.feats), self.feats], 1)[:, :self.length]
+        old = [self.feats] if len(self.feats) else []
+        self.feats = torch.cat([z.to(self.feats), *old], 1)[:, :self.length]
 
     @property
     def local(self) -> Tensor: # (A,n/N,D)
@@ -48,12 +47,12 @@ class FeatureQueue(nn.Module):
     ):
         "Keep what fits: the newest `length` projections, or nothing if views or dimension differ"
         self.length = length
-        if self.feats.shape[::2] == (n_views,dim): self.feats = self.feats[:, :length]
-        else: self.feats = self.feats.new_zeros(n_views, 0, dim)
+        if self.feats.shape[::2]==(n_views,dim): self.feats = self.feats[:, :length]
+        elif len(self.feats): self.feats = self.feats.new_zeros(0,0,0)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         "Take the size of the saved queue: how full it was is part of the state"
         if (saved := state_dict.get(prefix+'feats')) is not None: self.feats = self.feats.new_empty(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def extra_repr(self): return 'n_views={}, length={}, dim={}'.format(self.feats.shape[0], self.length, self.feats.shape[2])
+    def extra_repr(self): return f'length={self.length}'

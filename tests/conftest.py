@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest, torch
 from fastai.torch_core import set_seed
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 root = Path(__file__).resolve().parent.parent
 _machinery = {'.git', '.venv', '__pycache__', '.ipynb_checkpoints', '.pytest_cache', '.ruff_cache', 'build', 'dist', 'demo'}
 

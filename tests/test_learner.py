@@ -1,0 +1,349 @@
+"What a Learner may count on: state put back, half precision, saving, unlabelled data, and an answer to wrong use"
+import random, warnings
+from copy import deepcopy
+from functools import partial
+
+import numpy as np, pytest, torch
+from fastai.callback.core import (Callback, CancelBatchException, CancelBackwardException, CancelEpochException, CancelFitException,
+                                  CancelStepException, CancelTrainException, CancelValidException)
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.schedule import LRFinder # noqa: F401 (patches lr_find into Learner)
+from fastai.callback.training import GradientAccumulation, ShortEpochCallback
+from fastai.data.all import (Categorize, CategoryBlock, Datasets, DataBlock, DataLoaders, GrandparentSplitter, IntToFloatTensor, L, ToTensor,
+                             get_image_files, parent_label)
+from fastai.learner import Learner, load_learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
+from fastai.optimizer import SGD
+from fastai.vision.core import PILImage, PILImageBW
+from fastai.vision.data import ImageBlock
+from fastai.vision.models.xresnet import xresnet18
+from fasttransform import Pipeline
+from PIL import Image
+from torch import nn
+
+from self_supervised.augmentations import *
+from self_supervised.core import notice_once
+from self_supervised.data import fashion_mnist, image_dls, tensor_dls
+from self_supervised.layers import *
+from self_supervised.vision.swav import *
+
+
+def encoder(n_in=1, bn=True):
+    return nn.Sequential(nn.Conv2d(n_in,8,3), *([nn.BatchNorm2d(8)] if bn else []), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+def model(n_in=1, n_protos=10, **kwargs): return create_swav_model(encoder(n_in), 8, 6, n_protos=n_protos, **kwargs)
+
+def augs(size=12, **kwargs): return get_swav_aug_pipelines((2,2), (size,size//2), jitter=False, bw=False, blur=False, stats=None, **kwargs)
+
+def images(n=40, c=1, size=14): return torch.randint(0, 256, (n,c,size,size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+def learner(dls=None, m=None, K=12, cbs=(), ssl=None, **kwargs):
+    dls = tensor_dls(images(), images(12), bs=8) if dls is None else dls
+    return Learner(dls, model() if m is None else m, cbs=[SWAV(augs(), [0,1], K=K, queue_start_pct=0., **(ssl or {})), *cbs], **kwargs)
+
+def quiet(learn, *args, **kwargs):
+    with learn.no_bar(), learn.no_logging(): return learn.fit(*args, **kwargs)
+
+def state(learn): return {k:v.clone() for k,v in learn.model.state_dict().items()}
+def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def next_random(learn): return random.random(), np.random.rand(), torch.rand(1).item(), learn.dls.train.rng.random()
+
+
+# A fit ends
+
+class Fail(Callback):
+    "Raise `ex` in `event`"
+    def __init__(self, event, ex, order): self.order = order; setattr(self, event, self.fail); self.ex = ex
+    def fail(self): raise self.ex('on purpose')
+
+cancels = [('before_fit',CancelFitException), ('before_epoch',CancelEpochException), ('before_train',CancelTrainException), ('before_validate',CancelValidException),
+           ('before_batch',CancelBatchException), ('after_pred',CancelBatchException), ('after_loss',CancelBatchException), ('before_backward',CancelBackwardException),
+           ('before_step',CancelStepException), ('after_batch',CancelFitException), ('after_pred',CancelFitException), ('after_pred',RuntimeError), ('before_batch',KeyboardInterrupt),
+           *((o,RuntimeError) for o in 'before_fit before_epoch before_train before_batch after_loss before_backward after_backward before_step after_step '
+                                       'after_batch after_train before_validate after_validate after_epoch after_fit'.split())]
+@pytest.mark.parametrize('order', [-5, 5, 50])
+@pytest.mark.parametrize('event,ex', cancels, ids=[f'{e}-{x.__name__}' for e,x in cancels])
+def test_however_a_fit_ends_the_learner_is_its_own_again(event, ex, order):
+    own = CrossEntropyLossFlat()
+    learn = learner(loss_func=own)
+    m,dls,cbs = learn.model,learn.dls,[o.name for o in learn.cbs]
+    try: quiet(learn, 1, cbs=Fail(event, ex, order))
+    except (Exception, KeyboardInterrupt): pass # fastai's Recorder has errors of its own when an epoch is cancelled early
+    assert learn.loss_func is own and learn.model is m and learn.dls is dls and sorted(o.name for o in learn.cbs)==sorted(cbs)
+    quiet(learn, 1) # and it can go on
+    assert np.isfinite(learn.recorder.losses[-1]) and learn.loss_func is own
+
+def test_a_fit_twice():
+    learn = learner()
+    quiet(learn, 1); feats = learn.model.queue.feats.clone()
+    class Look(Callback):
+        def before_batch(self): self.first = getattr(self, 'first', learn.model.queue.feats.clone())
+    quiet(learn, 1, cbs=(look:=Look()))
+    assert torch.equal(look.first, feats) # the queue of the first fit is there in the second
+
+def test_removing_the_callback_leaves_a_plain_learner():
+    own = CrossEntropyLossFlat()
+    x,y = images(),torch.arange(40)%3
+    learn = Learner(tensor_dls((x,y), (x,y), bs=8), model(), loss_func=own, cbs=SWAV(augs(), [0,1], K=None))
+    quiet(learn, 1)
+    learn.remove_cb(SWAV)
+    learn.model = nn.Sequential(learn.model.encoder, nn.Linear(8,3))
+    learn.dls.add_tfms([IntToFloatTensor()], 'after_batch')
+    learn.create_opt(); quiet(learn, 1)
+    assert np.isfinite(learn.recorder.losses[-1]) and not hasattr(learn, 'swav')
+
+@pytest.mark.parametrize('fitted', [False, True])
+def test_lr_find_leaves_no_trace(fitted):
+    learn = learner()
+    if fitted: quiet(learn, 1)
+    else: learn.create_opt()
+    before,rng = state(learn),learn.dls.train.rng.getstate()
+    opt,hypers = deepcopy(learn.opt.state_dict()),deepcopy(list(learn.opt.hypers))
+    torch.manual_seed(3); random.seed(3); np.random.seed(3); expected = next_random(learn)
+    torch.manual_seed(3); random.seed(3); np.random.seed(3); learn.dls.train.rng.setstate(rng)
+    own = learn.loss_func
+    with learn.no_bar(): learn.lr_find(num_it=12, show_plot=False)
+    assert next_random(learn)==expected
+    assert same(state(learn), before) and learn.loss_func is own
+    assert list(learn.opt.hypers)==hypers
+    for a,b in zip(opt['state'], learn.opt.state_dict()['state']):
+        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(b[k])) for k,v in a.items())
+
+def test_validate_leaves_everything_as_it_is():
+    learn = learner(); quiet(learn, 1)
+    before,own = state(learn),learn.loss_func
+    with learn.no_bar(): loss = learn.validate()[0]
+    assert np.isfinite(loss) and same(state(learn), before) and learn.loss_func is own
+    fresh = learner() # a Learner that has not been fitted
+    with fresh.no_bar(): assert np.isfinite(fresh.validate()[0])
+
+def test_validation_in_a_fit_does_not_touch_the_queue():
+    class Look(Callback):
+        def before_validate(self): self.feats = self.learn.model.queue.feats.clone()
+        def after_validate(self): assert torch.equal(self.feats, self.learn.model.queue.feats)
+    quiet(learner(cbs=[Look()]), 2)
+
+
+# Views, batch and precision
+
+class LookAtBatch(Callback):
+    order = 20
+    def before_batch(self): self.views,self.targets = self.xb,self.yb
+
+@pytest.mark.parametrize('labelled', [False, True])
+def test_xb_and_yb(labelled):
+    x,y = images(),torch.arange(40)%3
+    dls = tensor_dls((x,y) if labelled else x, bs=8)
+    learn = learner(dls, cbs=[(look:=LookAtBatch())])
+    quiet(learn, 1)
+    assert len(look.views)==1 and [o.shape for o in look.views[0]]==[(8,1,12,12)]*2+[(8,1,6,6)]*2
+    assert all(type(o) is torch.Tensor and o.dtype==torch.float32 and 0<=o.min() and o.max()<=1 for o in look.views[0])
+    assert len(look.targets[0])==8 and (look.targets[0].ndim==1)==labelled
+
+def test_order_and_autocast():
+    "Views are made before autocast begins, and the loss is computed outside it, in float32"
+    seen = {}
+    class Autocast(Callback): # what MixedPrecision does on a GPU
+        order = MixedPrecision.order
+        def before_batch(self): self.ac = torch.autocast('cpu', torch.bfloat16); self.ac.__enter__()
+        def after_loss(self): self.ac.__exit__(None, None, None)
+    class Spy(SWAV):
+        def lf(self, pred): seen['loss'] = torch.is_autocast_enabled('cpu'),pred[1].dtype; return super().lf(pred)
+    class Look(Callback):
+        order = 30
+        def after_pred(self): seen['model'] = torch.is_autocast_enabled('cpu'),self.pred[1].dtype
+    def look(x): seen['views'] = torch.is_autocast_enabled('cpu'); return x
+    pipes = [Pipeline([*o.fs, look], split_idx=0) for o in augs()]
+    assert SWAV.order < MixedPrecision.order
+    learn = Learner(tensor_dls(images(), bs=8), model(), cbs=[Spy(pipes, [0,1], K=12, queue_start_pct=0.), Autocast(), Look()])
+    learn.spy = learn.cbs[-3]
+    quiet(learn, 1)
+    assert seen=={'views':False, 'model':(True,torch.bfloat16), 'loss':(False,torch.float32)}
+    assert learn.model.queue.feats.dtype==torch.float32
+
+@pytest.mark.filterwarnings('ignore::UserWarning')
+@pytest.mark.parametrize('how', ['to_fp16', 'to_bf16'])
+def test_mixed_precision_of_fastai(how):
+    learn = getattr(learner(), how)()
+    quiet(learn, 1)
+    assert np.isfinite(learn.recorder.losses[-1])
+
+def test_gradient_accumulation():
+    "Two batches of 8 accumulated move the weights by the mean of their gradients, as one step"
+    x = images(16)
+    steps = []
+    class Count(Callback):
+        def after_step(self): steps.append(self.train_iter)
+    fixed = [Pipeline([partial(_half, i)], split_idx=0) for i in (0,1)]
+    m = create_swav_model(encoder(bn=False), 8, 6, n_protos=10, bn=False)
+    ref = deepcopy(m)
+    learn = Learner(tensor_dls(x, bs=8), m, opt_func=SGD, cbs=[SWAV(fixed, [0,1], K=None, freeze_prototypes_niters=0), GradientAccumulation(16), Count()])
+    learn.dls.train.shuffle = False
+    quiet(learn, 1, lr=.1, wd=0.)
+    assert steps==[1]
+    opt = torch.optim.SGD(ref.parameters(), .1)
+    cb = SWAV(fixed, [0,1], K=None); cb.learn = type('L', (), dict(model=ref, training=False))()
+    for b in x.split(8): (cb.lf(ref([_half(i, b) for i in (0,1)]))/2).backward()
+    opt.step(); normalize_prototypes(ref)
+    for a,b in zip(m.parameters(), ref.parameters()): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+def _half(i, x): return x[..., i*4:i*4+10].float()/255
+
+
+# Saving
+
+def test_save_and_load_with_a_queue(tmp_path):
+    learn = learner(path=tmp_path); quiet(learn, 1)
+    assert learn.model.queue.full
+    learn.save('run')
+    other = learner(path=tmp_path).load('run')
+    assert same(state(learn), state(other))
+    class Look(Callback):
+        def before_batch(self): self.feats = getattr(self, 'feats', self.learn.model.queue.feats.clone())
+    quiet(other, 1, cbs=(look:=Look()))
+    assert torch.equal(look.feats, learn.model.queue.feats)
+    shorter = learner(path=tmp_path, K=5).load('run'); quiet(shorter, 1) # another length may be chosen when going on
+    assert shorter.model.queue.feats.shape==(2,5,6)
+
+def test_export(tmp_path):
+    learn = learner(path=tmp_path); quiet(learn, 1)
+    learn.export('whole.pkl')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        back = load_learner(tmp_path/'whole.pkl')
+    x = images(4).float()/255
+    learn.model.eval(); back.model.eval()
+    assert torch.equal(learn.model(x), back.model(x))
+
+
+# The example of the older package
+
+def test_worked_example(tmp_path):
+    "As in the public documentation, with a small local folder in place of the download"
+    g = np.random.default_rng(0)
+    for part in ('train','valid'):
+        for label in ('3','7'):
+            (tmp_path/part/label).mkdir(parents=True)
+            for i in range(6): Image.fromarray(g.integers(0, 255, (28,28), dtype=np.uint8)).save(tmp_path/part/label/f'{i}.png')
+
+    encoder = create_encoder("tf_efficientnet_b0_ns", n_in=3, pretrained=False, pool_type=PoolingType.CatAvgMax)
+    model = create_swav_model(encoder, hidden_size=2048, projection_size=128, n_protos=3000)
+    multi_view_inputs = ([torch.randn(2,3,224,224) for i in range(2)] +
+                         [torch.randn(2,3,96,96) for i in range(4)])
+    embedding, output = model(multi_view_inputs)
+    norms = model.prototypes.weight.data.norm(dim=1)
+    assert norms.shape[0] == 3000
+    torch.testing.assert_close(norms, torch.ones(3000))
+    assert embedding.shape==(12,128) and output.shape==(12,3000)
+
+    items = get_image_files(tmp_path)
+    tds = Datasets(items, [PILImageBW.create, [parent_label, Categorize()]], splits=GrandparentSplitter()(items))
+    dls = tds.dataloaders(bs=4, after_item=[ToTensor(), IntToFloatTensor()], device='cpu')
+    fastai_encoder = create_fastai_encoder(xresnet18, n_in=1, pretrained=False)
+    model = create_swav_model(fastai_encoder, hidden_size=2048, projection_size=128)
+    aug_pipelines = get_swav_aug_pipelines(num_crops=[2,6],
+                                           crop_sizes=[28,16],
+                                           min_scales=[0.25,0.05],
+                                           max_scales=[1.0,0.3],
+                                           rotate=False, jitter=False, bw=False, blur=False, stats=None,cuda=False)
+    learn = Learner(dls, model,
+                    cbs=[SWAV(aug_pipelines=aug_pipelines, crop_assgn_ids=[0,1], K=None), ShortEpochCallback(0.001)])
+    b = dls.one_batch()
+    learn._split(b)
+    learn('before_batch')
+    learn.pred = learn.model(*learn.xb)
+    axes = learn.swav.show(n=4)
+    assert len(axes)==4*8
+    with learn.no_bar(): learn.fit(1)
+    assert len(learn.recorder.losses)==1 and np.isfinite(learn.recorder.losses[0])
+
+def test_show(tmp_path):
+    learn = learner()
+    assert len(learn.swav.show(n=3))==3*4    # before any batch was seen
+    quiet(learn, 1)
+    axes = learn.swav.show(n=2)
+    assert len(axes)==2*4 and all(len(o.images)==1 for o in axes)
+
+
+# Data without labels, without a loss, of other shapes
+
+def test_unlabelled_folder(tmp_path):
+    for i in range(12): Image.fromarray(np.random.default_rng(i).integers(0, 255, (20+i,30,3), dtype=np.uint8)).save(tmp_path/f'{i}.jpg')
+    learn = Learner(image_dls(tmp_path, size=16, bs=4), model(3), cbs=SWAV(augs(), [0,1], K=None))
+    before = state(learn); quiet(learn, 1)
+    assert np.isfinite(learn.recorder.losses[-1]) and not same(before, state(learn)) # fastai would have skipped the step
+
+def test_fastai_datablock_without_labels(tmp_path):
+    for i in range(12): Image.fromarray(np.random.default_rng(i).integers(0, 255, (16,16,3), dtype=np.uint8)).save(tmp_path/f'{i}.png')
+    dls = DataBlock((ImageBlock,), get_items=get_image_files).dataloaders(tmp_path, bs=4)
+    learn = Learner(dls, model(3), loss_func=nn.Identity(), cbs=SWAV(augs(), [0,1], K=None))
+    before = state(learn); quiet(learn, 1)
+    assert np.isfinite(learn.recorder.losses[-1]) and not same(before, state(learn))
+
+def test_images_smaller_than_a_crop():
+    learn = learner(tensor_dls(images(size=9), bs=8)); quiet(learn, 1)
+    assert np.isfinite(learn.recorder.losses[-1])
+
+def test_non_square_views_and_images():
+    pipes = get_swav_aug_pipelines((2,1), ((12,8),(6,10)), jitter=False, bw=False, blur=False, stats=None)
+    x = torch.rand(16,4,14,20)
+    learn = Learner(tensor_dls(x, bs=8), model(4), cbs=SWAV(pipes, [0,1], K=None)); quiet(learn, 1)
+    assert np.isfinite(learn.recorder.losses[-1])
+
+
+# Wrong use gets an answer
+
+@pytest.mark.parametrize('kwargs,msg', [
+    (dict(K=0),  'K=0 is the length of the queue.*None'), (dict(K=-3), 'K=-3'),
+    (dict(crop_assgn_ids=[]), r'crop_assgn_ids=\[\].*from 0 to 3'), (dict(crop_assgn_ids=[0,0]), r'\[0, 0\] must be different'),
+    (dict(crop_assgn_ids=[0,4]), r'\[0, 4\].*from 0 to 3'), (dict(crop_assgn_ids=[-1]), r'\[-1\]'),
+    (dict(queue_start_pct=2), 'queue_start_pct=2.*from 0 to 1'), (dict(temp=0), 'temp=0'), (dict(eps=-1), 'eps=-1'), (dict(n_sinkh_iter=0), 'n_sinkh_iter=0')])
+def test_wrong_arguments(kwargs, msg):
+    with pytest.raises(ValueError, match=msg): SWAV(**(dict(aug_pipelines=augs(), crop_assgn_ids=[0,1]) | kwargs))
+
+def test_wrong_pipelines():
+    with pytest.raises(TypeError, match=r'aug_pipelines\[0\] is a function.*Pipeline'): SWAV([images, images], [0,1])
+    with pytest.raises(TypeError, match='list of Pipelines'): SWAV(augs()[0], [0])
+    with pytest.raises(ValueError, match='split_idx=None.*split_idx=0'): SWAV([Pipeline([images])]*2, [0,1])
+    with pytest.raises(ValueError, match='only one'): SWAV(augs()[:1], [0])
+    with pytest.raises(ValueError, match='empty'): SWAV([], [0])
+
+@pytest.mark.parametrize('make,msg', [
+    (lambda: learner(m=encoder()), 'no `prototypes`.*create_swav_model'),
+    (lambda: learner(m=model(3)), 'have 1 channels.*takes 3.*n_in=1'),
+    (lambda: learner(tensor_dls(images(8), bs=1)), 'bs=1.*batch norm.*bs=2'),
+    (lambda: learner(metrics=accuracy), 'metrics accuracy.*no.*Leave `metrics` out|metrics accuracy.*this data has none'),
+    (lambda: learner(tensor_dls(torch.full((16,1,14,14), float('nan')), bs=8)), 'NaN'),
+    (lambda: Learner(DataLoaders(_dl(torch.rand(16,14))), model(), loss_func=nn.Identity(), cbs=SWAV(augs(), [0,1], K=None)), r'shape \(B,C,H,W\)'),
+    (lambda: Learner(tensor_dls(images(c=1), bs=8), model(), cbs=SWAV(get_swav_aug_pipelines((2,),(12,),(.2,),(1.,), jitter=False, bw=False), [0,1], K=None)), 'stats=None'),
+], ids='no-prototypes channels batch-of-one metric nan shape stats'.split())
+def test_wrong_model_or_data(make, msg):
+    with pytest.raises(ValueError, match=f'(?s){msg}'): quiet(make(), 1)
+def _dl(x):
+    from fastai.data.load import DataLoader
+    return DataLoader([(o,) for o in x], bs=8, n_inp=1)
+
+def test_nan_in_a_later_batch():
+    x = torch.rand(40,1,14,14); x[-1] = float('nan')
+    with pytest.raises(ValueError, match='NaN'): quiet(learner(tensor_dls(x, bs=8)), 1)
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(ValueError, match=tmp_path.name): image_dls(tmp_path)
+
+def notices(learn):
+    notice_once.cache_clear()
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('always'); quiet(learn, 1)
+    return [str(o.message) for o in w if o.category is UserWarning]
+
+def test_far_more_prototypes_than_samples():
+    said = notices(learner(m=model(n_protos=1000), K=None))
+    assert any('1000 prototypes for 8 samples' in o and 'n_protos=10' in o for o in said)
+    assert not any('prototypes for' in o for o in notices(learner(m=model(n_protos=20), K=None)))
+
+def test_queue_longer_than_the_data():
+    assert any('K=100' in o and '40 images' in o and 'K=20' in o for o in notices(learner(K=100)))
+    assert not any('the queue' in o for o in notices(learner(K=30)))
+
+def test_images_outside_0_1():
+    assert any('leave Normalize out' in o for o in notices(learner(tensor_dls(torch.randn(16,1,14,14), bs=8))))
