@@ -1,0 +1,132 @@
+"""Pretrain a small encoder on images without labels, then ask what it has learned.
+
+Run with `make demo`: about four minutes on two cores. Prints a table and writes pictures and the encoder to demo/.
+"""
+import subprocess, sys, time
+from pathlib import Path
+
+import matplotlib
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+from fastai.vision.all import *
+from sklearn.manifold import TSNE
+
+from self_supervised.all import *
+
+out    = Path('demo')
+epochs = 40   # of pretraining; the table below is made with this recipe
+protos = 100  # ten times the classes
+
+def small_encoder():
+    "Four convolutions, 28×28×1 → 256 features"
+    convs = [ConvLayer(i, o, stride=2) for i,o in ((1,32),(32,64),(64,128),(128,256))]
+    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten()).to(memory_format=torch.channels_last)
+
+def view_pipelines():
+    "Two views of 28 pixels and four of 14: multi-crop in small, and gentler than on photographs"
+    return get_swav_aug_pipelines(num_crops=(2,4), crop_sizes=(28,14), min_scales=(.4,.1), max_scales=(1.,.4),
+                                  jitter_s=.5, bw=False, blur=False, stats=None)
+
+def pretrain(x, x_test):
+    "The main job: a Learner, images without labels, and the callback"
+    model = create_swav_model(small_encoder(), hidden_size=256, projection_size=128, n_protos=protos)
+    learn = Learner(tensor_dls(x, x_test, bs=128), model, cbs=SWAV(view_pipelines(), crop_assgn_ids=[0,1], K=None))
+    learn.fit_one_cycle(epochs, 3e-3)
+    return learn
+
+def judge(encoder, train, test):
+    "k-NN on all labels; linear classifiers on ten labels a class (five draws) and on all"
+    dls = tensor_dls(train, test, bs=500)
+    tr,te = extract_features(encoder, dls.train),extract_features(encoder, dls.valid)
+    return [knn(tr, te)], [linear_probe(sample_per_class(tr, 10, seed=i), te) for i in range(5)], [linear_probe(tr, te)]
+
+def from_scratch(train, test, epochs):
+    "The same network and a linear layer, trained on labels: accuracy and encoder"
+    dls = tensor_dls(train, test, bs=min(128, len(train[0])//2))
+    dls.add_tfms([IntToFloatTensor()], 'after_batch')
+    learn = Learner(dls, nn.Sequential(small_encoder(), nn.Linear(256,10)), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 3e-3)
+    return learn.validate()[1],learn.model[0]
+
+def judge_from_scratch(train, test):
+    "What the labels alone give"
+    few = [from_scratch(sample_per_class(train, 10, seed=i), test, 60)[0] for i in range(5)]
+    acc,encoder = from_scratch(train, test, 12)
+    return judge(encoder, train, test)[0], few, [acc]
+
+def table(rows):
+    "A Markdown table: mean, and the standard deviation over draws where there are several"
+    cell = lambda o: f'{100*np.mean(o):.1f}' + (f' ± {100*np.std(o, ddof=1):.1f}' if len(o)>1 else '')
+    lines = [f'| {"":28} | k-NN(20) | linear, 10 labels a class | linear, all labels |', '|---|---|---|---|']
+    return '\n'.join(lines + [f'| {nm:28} | {cell(a):8} | {cell(b):25} | {cell(c):18} |' for nm,(a,b,c) in rows.items()])
+
+def save(fig, nm):
+    fig.savefig(out/nm, dpi=110)
+    plt.close(fig)
+
+def plot_views(learn):
+    axes = learn.swav.show(n=5, figsize=(7.2,6.2))
+    for i,ax in enumerate(axes[:6]): ax.set_title('large, assigned' if i<2 else 'small', fontsize=9)
+    axes[0].figure.suptitle('Views of five images: every row shows one')
+    save(axes[0].figure, 'views.png')
+
+def plot_loss(learn):
+    fig,ax = plt.subplots(figsize=(6,3.5), layout='constrained')
+    losses,n = learn.recorder.losses,len(learn.dls.train)
+    ax.plot(np.arange(len(losses))/n, losses, label='training')
+    ax.plot(range(1, epochs+1), learn.recorder.values.itemgot(1), '.', label='held-out images')
+    ax.axhline(np.log(protos), c='gray', ls='--', label=f'ln K = {np.log(protos):.2f}: nothing learned')
+    ax.set(title='Swapped-prediction loss', xlabel='epoch', ylabel='loss'); ax.legend()
+    save(fig, 'loss.png')
+
+def plot_prototypes(learn, x, n=8, k=10):
+    "For the prototypes with the most images, the images nearest to them"
+    with torch.no_grad(): _,scores = learn.model.eval()([unit_float(x)])
+    used = scores.argmax(1).bincount(minlength=protos).topk(n).indices
+    fig,axs = plt.subplots(n, k, figsize=(k*.62, n*.68), layout='constrained')
+    for row,p in zip(axs, used):
+        for ax,i in zip(row, scores[:,p].topk(k).indices): show_image(x[i], ax=ax, cmap='gray')
+        row[0].text(-.35, .5, f'#{p}', transform=row[0].transAxes, ha='right', va='center', fontsize=9)
+    fig.suptitle('Nearest images to eight prototypes, found without labels', fontsize=10)
+    save(fig, 'prototypes.png')
+
+def plot_map(feats, labels):
+    xy = TSNE(init='pca', random_state=0).fit_transform(F.normalize(feats, dim=1).numpy())
+    fig,ax = plt.subplots(figsize=(7.5,5.5), layout='constrained')
+    for c,nm in enumerate(fashion_mnist_classes): ax.scatter(*xy[labels.numpy()==c].T, s=9, color=f'C{c}', label=nm)
+    ax.set(title='Test images by their SwAV features (t-SNE); the colours are labels the encoder never saw', xticks=[], yticks=[])
+    ax.title.set_fontsize(10); ax.legend(loc='center left', bbox_to_anchor=(1,.5), markerscale=2, fontsize=9)
+    save(fig, 'map.png')
+
+def features_of_saved_encoder():
+    "In a fresh process: load the encoder and write its test features"
+    encoder = small_encoder()
+    encoder.load_state_dict(torch.load(out/'encoder.pth', weights_only=True))
+    torch.save(extract_features(encoder, tensor_dls(*fashion_mnist(), bs=500).valid)[0], out/'features.pth')
+
+def main():
+    start = time.time()
+    out.mkdir(exist_ok=True)
+    set_seed(42)
+    train,test = fashion_mnist()
+    print(f'{len(train[0])} images of Fashion-MNIST to learn from, {len(test[0])} to judge on\n\nSwAV, without labels:')
+    learn = pretrain(train[0], test[0])
+
+    print('\nJudging the encoders and training the same network on labels ...')
+    set_seed(0)
+    res = table({'random encoder':judge(small_encoder(), train, test), 'SwAV, no labels':judge(learn.model.encoder, train, test),
+                 'from scratch on the labels':judge_from_scratch(train, test)})
+    print(f'\nAccuracy on test images, in %\n\n{res}\n')
+    (out/'table.md').write_text(res+'\n')
+
+    plot_views(learn); plot_loss(learn); plot_prototypes(learn, train[0])
+    feats,labels = extract_features(learn.model.encoder, tensor_dls(train, test, bs=500).valid)
+    plot_map(feats, labels)
+
+    torch.save(learn.model.encoder.state_dict(), out/'encoder.pth')
+    subprocess.run([sys.executable, __file__, 'features'], check=True)
+    assert torch.equal(feats, torch.load(out/'features.pth', weights_only=True)), 'the saved encoder gives other features'
+    print(f'The encoder is in {out}/encoder.pth (loaded in a fresh process, it gives the same features),\n'
+          f'pictures are in {out}/: {", ".join(sorted(o.name for o in out.glob("*.png")))}. {time.time()-start:.0f} s in all.')
+
+if __name__=='__main__': features_of_saved_encoder() if sys.argv[1:]==['features'] else main()
