@@ -6,7 +6,7 @@ import inspect, itertools, pickle, warnings
 import numpy as np, pytest, torch
 import torchvision.transforms as T, torchvision.transforms.v2.functional as tvf
 from fastai.torch_core import set_seed
-from fastai.vision.all import Normalize, Pipeline, RandomErasing, Transform, imagenet_stats
+from fastai.vision.all import Normalize, Pipeline, RandomErasing, Transform
 from PIL import Image
 from scipy import ndimage
 from scipy.stats import binomtest, chisquare, ks_2samp
@@ -22,14 +22,6 @@ tol    = 2/255
 shapes = [(64,64), (61,48), (40,90)]
 plain  = dict(jitter=False, bw=False, blur=False, stats=None, flip_p=0.)
 whole  = dict(resize_scale=(1,1), resize_ratio=(1,1))
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    "So small images are not worth the threads"
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
 
 def images(h, w, seed=0):
     "Four RGB images (4,3,h,w), uint8: a smooth one, one with hard edges in pure colours, a tinted photograph of clothing, noise"
