@@ -203,7 +203,7 @@ class RandomRotate(BatchTransform):
     def apply(self, x): return rotate(x, self.draw(len(x), -self.max_deg, self.max_deg))
 
 def _needs_rgb(x):
-    if x.shape[1]!=3: notice_once(f'images with {x.shape[1]} channel(s): saturation, hue and grayscale need RGB and are left out')
+    if x.shape[1]!=3: notice_once(f'images with {x.shape[1]} channel(s): the colour operations that need RGB are left out')
     return x.shape[1]==3
 
 class RandomJitter(BatchTransform):

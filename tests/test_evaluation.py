@@ -3,7 +3,6 @@ from fastai.learner import Learner
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
-from torch.nn import functional as F
 
 from self_supervised.data import fashion_mnist, tensor_dls
 from self_supervised.evaluation import extract_features, knn, linear_probe, sample_per_class

@@ -9,13 +9,13 @@ from fastai.callback.core import (Callback, CancelBatchException, CancelBackward
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import LRFinder # noqa: F401 (patches lr_find into Learner)
 from fastai.callback.training import GradientAccumulation, ShortEpochCallback
-from fastai.data.all import (Categorize, CategoryBlock, Datasets, DataBlock, DataLoaders, GrandparentSplitter, IntToFloatTensor, L, ToTensor,
+from fastai.data.all import (Categorize, Datasets, DataBlock, DataLoaders, GrandparentSplitter, IntToFloatTensor, ToTensor,
                              get_image_files, parent_label)
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import SGD
-from fastai.vision.core import PILImage, PILImageBW
+from fastai.vision.core import PILImageBW
 from fastai.vision.data import ImageBlock
 from fastai.vision.models.xresnet import xresnet18
 from fasttransform import Pipeline
@@ -24,7 +24,7 @@ from torch import nn
 
 from self_supervised.augmentations import *
 from self_supervised.core import notice_once
-from self_supervised.data import fashion_mnist, image_dls, tensor_dls
+from self_supervised.data import image_dls, tensor_dls
 from self_supervised.layers import *
 from self_supervised.vision.swav import *
 

@@ -1,5 +1,4 @@
-import math
-import numpy as np, pytest, torch
+import pytest, torch
 from torch.nn import functional as F
 
 import reference
