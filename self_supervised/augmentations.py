@@ -21,7 +21,7 @@ from fasttransform import DisplayedTransform, Pipeline
 from fastai.vision.augment import Brightness, Contrast, Flip, Hue, RandomResizedCropGPU, Rotate, Saturation, setup_aug_tfms
 from fastai.vision.core import TensorImage, imagenet_stats
 
-from .core import assert_aug_pipelines, notice_once, show_views
+from .core import assert_aug_pipelines, check_size, notice_once, show_views
 
 # %% ../nbs/03_augmentations.ipynb #28156343
 _all_ = ['assert_aug_pipelines', 'show_views']
@@ -131,12 +131,6 @@ def rand_boxes(
     return torch.stack([top,left,h,w], 1).expand(n, 4)
 
 # %% ../nbs/03_augmentations.ipynb #f7805d11
-def _size(size):
-    hw = tuple(size) if isinstance(size, (tuple,list)) else (size,size)
-    if len(hw)!=2 or any(o<1 or o!=int(o) for o in hw):
-        raise ValueError(f'size={size} must be positive whole numbers: pixels of the side, or (height, width)')
-    return tuple(int(o) for o in hw)
-
 class BatchTransform(DisplayedTransform):
     "A random step on a batch: `apply` to the images that chance picks, each with probability `p`"
     def __init__(self,
@@ -181,7 +175,7 @@ class RandomCropResize(DisplayedTransform):
         super().__init__()
         if not 0<scale[0]<=scale[1]: raise ValueError(f'scale={scale} must be (smallest, largest) area, as in (0.2, 1.0)')
         if not 0<ratio[0]<=ratio[1]: raise ValueError(f'ratio={ratio} must be (smallest, largest) width/height, as in (3/4, 4/3)')
-        self.size,self.scale,self.ratio,self.same_on_batch = _size(size),tuple(scale),tuple(ratio),same_on_batch
+        self.size,self.scale,self.ratio,self.same_on_batch = check_size(size),tuple(scale),tuple(ratio),same_on_batch
 
     def encodes(self, x:Tensor):
         return crop_resize(x, rand_boxes(len(x), *x.shape[-2:], self.scale, self.ratio, self.same_on_batch), self.size)
@@ -341,7 +335,7 @@ def _augs_args(size, args, kwargs):
     a = inspect.signature(get_batch_augs).bind(size, *args, **kwargs)
     a.apply_defaults()
     get_batch_augs(**a.arguments) # refuses wrong values, in the same words for every builder
-    return AttrDict(a.arguments, size=_size(size))
+    return AttrDict(a.arguments, size=check_size(size))
 
 @delegates(get_batch_augs)
 def get_torchvision_batch_augs(

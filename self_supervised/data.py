@@ -24,6 +24,8 @@ from fastai.torch_core import TensorCategory, TensorImage, TensorImageBW, defaul
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .core import check_size
+
 warnings.filterwarnings('ignore', 'Your generator is empty', module='fastprogress') # an empty validation loader is legal here
 
 # %% ../nbs/02_data.ipynb #539bad65
@@ -143,12 +145,6 @@ def tensor_dls(
                        device=default_device() if device is None else device)
 
 # %% ../nbs/02_data.ipynb #9b96b8a8
-def _hw(size):
-    "`size` as (h,w), checked"
-    hw = tuple(size) if isinstance(size, (tuple,list)) else (size,size)
-    if len(hw)!=2 or not all(isinstance(o, int) and o>0 for o in hw): raise ValueError(f'size={size!r} must be a whole number of pixels or a pair (h,w)')
-    return hw
-
 def _mode(n_in):
     "Pillow's mode for `n_in` channels"
     if n_in not in (1,3): raise ValueError(f'n_in={n_in} must be 1 (grey) or 3 (colour): for other images read them yourself and use tensor_dls, or DataLoaders of your own')
@@ -160,7 +156,7 @@ def open_image(
     n_in:int=3, # channels: 3 for colour, 1 for grey
 ) -> TensorImage: # uint8 (n_in,h,w)
     "Decode `fn`, cut the largest centred box of the shape of `size` and resize it"
-    (h,w),mode = _hw(size),_mode(n_in)
+    (h,w),mode = check_size(size),_mode(n_in)
     try:
         with Image.open(fn) as im:
             if im.mode[0] in 'IF': raise ValueError(f'its pixels have mode {im.mode}, convert it to 8 bits a channel or use tensor_dls')
@@ -227,7 +223,7 @@ def image_dls(
     "DataLoaders over image files, with labels or without"
     _mode(n_in)
     if not 0<=valid_pct<1: raise ValueError(f'valid_pct={valid_pct} must be at least 0 and below 1: 0.1 keeps a tenth for validation')
-    opn,fns = partial(open_image, size=_hw(size), n_in=n_in),_list_images(source)
+    opn,fns = partial(open_image, size=check_size(size), n_in=n_in),_list_images(source)
     if num_workers is None: num_workers = 0 if len(fns)<500 else min(8, defaults.cpus)
     if skip_bad: fns = _good_images(fns, max(num_workers, min(8, defaults.cpus)), **opn.keywords)
     idx = torch.randperm(len(fns), generator=torch.Generator().manual_seed(seed or 0)).tolist()

@@ -303,7 +303,7 @@ def test_skip_bad_names_ten_and_counts_the_rest(folder):
 @pytest.mark.parametrize('kw,msg', [
     ({'n_in':4},        'n_in=4.*1 .grey. or 3 .colour.*tensor_dls'),
     ({'size':0},        'size=0'),
-    ({'size':(3,4,5)},  r'size=\(3, 4, 5\).*\(h,w\)'),
+    ({'size':(3,4,5)},  r'size=\(3, 4, 5\).*height, width'),
     ({'valid_pct':1.},  'valid_pct=1.0'),
     ({'bs':25},         'bs=25.*24 training images'),
     ({'bs':20, 'valid_pct':.5}, 'bs=20.*12 training images'),
