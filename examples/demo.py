@@ -15,7 +15,7 @@ from self_supervised.all import *
 
 warnings.filterwarnings('ignore', category=DeprecationWarning) # of matplotlib, about fastai's image type
 out    = Path('demo')
-epochs = 20 # of pretraining
+epochs = 18 # of pretraining
 protos = 50 # a few times the kinds of things there are
 
 class Block(Module):
@@ -39,7 +39,7 @@ def pretrain(x, x_test):
     "The main job: a Learner, images without labels, and the callback"
     model = create_swav_model(small_encoder(), hidden_size=256, projection_size=128, n_protos=protos)
     learn = Learner(tensor_dls(x, x_test, bs=128), model, cbs=SWAV(view_pipelines(), crop_assgn_ids=[0,1], K=None))
-    learn.fit_one_cycle(epochs, 3e-3)
+    learn.fit_one_cycle(epochs, 8e-3)
     return learn
 
 def judge(encoder, train, test):
