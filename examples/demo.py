@@ -4,6 +4,8 @@ Run with `make demo`: about four minutes on two cores. Prints a table and writes
 """
 import subprocess, sys, time, warnings
 from pathlib import Path
+warnings.filterwarnings('ignore', category=FutureWarning)      # of libraries that import torch.jit
+warnings.filterwarnings('ignore', category=DeprecationWarning) # of matplotlib, about fastai's image type
 
 import matplotlib
 matplotlib.use('Agg')
@@ -13,7 +15,6 @@ from sklearn.manifold import TSNE
 
 from self_supervised.all import *
 
-warnings.filterwarnings('ignore', category=DeprecationWarning) # of matplotlib, about fastai's image type
 out    = Path('demo')
 epochs = 18 # of pretraining
 protos = 50 # a few times the kinds of things there are
@@ -75,7 +76,7 @@ def save(fig, nm):
 def plot_views(learn):
     axes = learn.swav.show(n=5, figsize=(7.5,6), layout='constrained')
     for i,ax in enumerate(axes[:6]): ax.set_title('large (assigned)' if i<2 else 'small', fontsize=8)
-    axes[0].figure.suptitle('Views of five images: every row shows one')
+    axes[0].figure.suptitle('Views of five images, one image a row')
     save(axes[0].figure, 'views.png')
 
 def plot_loss(learn):

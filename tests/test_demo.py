@@ -1,0 +1,21 @@
+"The main job, in small: one epoch on a part of the images"
+import importlib.util
+
+import pytest
+
+
+@pytest.mark.slow
+def test_demo(project, tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location('demo', project/'examples'/'demo.py')
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    (x,y),test = demo.fashion_mnist()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, 'epochs', 1)
+    monkeypatch.setattr(demo, 'fashion_mnist', lambda: ((x[:640],y[:640]), test))
+    demo.main() # it compares the features of the saved encoder, loaded in a fresh process, with those here
+    rows = (tmp_path/'demo'/'table.md').read_text().splitlines()
+    assert [r.split('|')[1].strip() for r in rows[2:]]==['random encoder', 'SwAV, no labels', 'from scratch on the labels']
+    assert all(0<float(c.split('±')[0])<100 for r in rows[2:] for c in r.split('|')[2:5])
+    assert {o.name for o in (tmp_path/'demo').iterdir()} >= {'views.png', 'loss.png', 'prototypes.png', 'map.png', 'encoder.pth'}
+    assert 'SwAV, no labels' in capsys.readouterr().out
