@@ -1,4 +1,8 @@
 "The whole public API: `from self_supervised.all import *`"
+from importlib import import_module as _import
+from pkgutil import iter_modules as _modules
+
+from self_supervised import vision as _vision
 from self_supervised.core import *
 from self_supervised.dist import *
 from self_supervised.data import *
@@ -7,5 +11,7 @@ from self_supervised.layers import *
 from self_supervised.multicrop import *
 from self_supervised.sinkhorn import *
 from self_supervised.queue import *
-from self_supervised.vision.swav import *
 from self_supervised.evaluation import *
+
+for _m in (_import(f'self_supervised.vision.{o.name}') for o in _modules(_vision.__path__)): # each method that there is
+    globals().update({n:getattr(_m, n) for n in _m.__all__})
