@@ -83,7 +83,7 @@ def version(path):
 
 def sizes(path): return [f"{nb.name}: {nb.stat().st_size/1024:.0f} KB, more than 200" for nb in notebooks(path) if nb.stat().st_size>200*1024]
 
-_machine = re.compile(r'\.\.[/]shared\b|(?<![\w.~-])/(?:work|root|home|Users|tmp)/|\.library[/]')
+_machine = re.compile(r'\.\.[/]shared\b|(?<![\w.~-])/(?:work|root|home|Users|tmp)/')
 def places(path):
     "Files that name a place on the machine they were written on"
     res = []
