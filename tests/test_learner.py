@@ -294,12 +294,17 @@ def test_non_square_views_and_images():
 # Wrong use gets an answer
 
 @pytest.mark.parametrize('kwargs,msg', [
-    (dict(K=0),  'K=0 is the length of the queue.*None'), (dict(K=-3), 'K=-3'),
+    (dict(K=0),  'K=0 is the length of the queue.*None'), (dict(K=-3), 'K=-3'), (dict(K=2.5), 'K=2.5.*whole'), (dict(crop_assgn_ids=7), r'\[7\] must be'),
     (dict(crop_assgn_ids=[]), r'crop_assgn_ids=\[\].*from 0 to 3'), (dict(crop_assgn_ids=[0,0]), r'\[0, 0\] must be different'),
     (dict(crop_assgn_ids=[0,4]), r'\[0, 4\].*from 0 to 3'), (dict(crop_assgn_ids=[-1]), r'\[-1\]'),
     (dict(queue_start_pct=2), 'queue_start_pct=2.*from 0 to 1'), (dict(temp=0), 'temp=0'), (dict(eps=-1), 'eps=-1'), (dict(n_sinkh_iter=0), 'n_sinkh_iter=0')])
 def test_wrong_arguments(kwargs, msg):
     with pytest.raises(ValueError, match=msg): SWAV(**(dict(aug_pipelines=augs(), crop_assgn_ids=[0,1]) | kwargs))
+
+def test_generous_arguments():
+    assert SWAV(augs(), range(2)).crop_assgn_ids==[0,1]
+    cb = SWAV(augs(), 1, K=16.)
+    assert cb.crop_assgn_ids==[1] and cb.K==16 and isinstance(cb.K, int)
 
 def test_wrong_pipelines():
     with pytest.raises(TypeError, match=r'aug_pipelines\[0\] is a function.*Pipeline'): SWAV([images, images], [0,1])

@@ -10,6 +10,7 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from fastcore.basics import patch
+from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastai.layers import apply_init
 
@@ -31,6 +32,7 @@ def get_swav_aug_pipelines(
     **kwargs # as in `get_batch_augs`
 ) -> list: # sum(num_crops) view pipelines
     "View pipelines for multi-crop: so many crops of each kind"
+    num_crops,crop_sizes,min_scales,max_scales = map(L, (num_crops,crop_sizes,min_scales,max_scales))
     n = len(num_crops)
     if not n==len(crop_sizes)==len(min_scales)==len(max_scales): raise ValueError(
         f'num_crops={num_crops}, crop_sizes={crop_sizes}, min_scales={min_scales}, max_scales={max_scales}: give all four the same length, one value a kind of crop')
@@ -107,15 +109,15 @@ class SWAV(SSLCallback):
         hard_codes:bool=False, # round codes to one prototype an image
     ):
         super().__init__(aug_pipelines, print_augs)
-        V,ids = len(self.aug_pipelines),list(crop_assgn_ids)
+        V,ids = len(self.aug_pipelines),list(L(crop_assgn_ids))
         if V<2: raise ValueError('SwAV predicts one view from another, and aug_pipelines has only one: give two or more')
         if not ids or len(set(ids))<len(ids) or not all(isinstance(i, int) and 0<=i<V for i in ids): raise ValueError(
             f'crop_assgn_ids={ids} must be different numbers from 0 to {V-1}, positions in aug_pipelines; usually those of the large crops, [0,1]')
-        if K is not None and K<1: raise ValueError(f'K={K} is the length of the queue: a positive number, or None for no queue')
+        if K is not None and (K<1 or K!=int(K)): raise ValueError(f'K={K} is the length of the queue: a positive whole number, or None for no queue')
         if not 0<=queue_start_pct<=1: raise ValueError(f'queue_start_pct={queue_start_pct} is a part of training: from 0 to 1')
         if temp<=0 or eps<=0: raise ValueError(f'temp={temp} and eps={eps} must be positive: 0.1 and 0.05 are usual')
         if n_sinkh_iter<1: raise ValueError(f'n_sinkh_iter={n_sinkh_iter} must be 1 or more: 3 is usual')
-        self.crop_assgn_ids,self.K,self.queue_start_pct,self.temp,self.eps = ids,K,queue_start_pct,temp,eps
+        self.crop_assgn_ids,self.K,self.queue_start_pct,self.temp,self.eps = ids,K and int(K),queue_start_pct,temp,eps
         self.n_sinkh_iter,self.freeze_prototypes_niters,self.hard_codes = n_sinkh_iter,freeze_prototypes_niters,hard_codes
 
     def before_fit(self):
