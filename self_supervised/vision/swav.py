@@ -134,7 +134,7 @@ class SWAV(SSLCallback):
         if bs and n_protos > 4*samples: notice_once(
             f'{n_protos} prototypes for {samples} samples an assignment (batch {bs*world_size()} + queue {self.K or 0}): codes will be mostly noise. '
             f'Use n_protos={max(samples//2, 10)} or fewer, a larger batch, or a queue (K)')
-        if self.K and n and self.K > n*world_size(): notice_once(
+        if self.K and n and self.K > n: notice_once(
             f'the queue (K={self.K}) is longer than the training data ({n} images), so it would hold stale copies of the same images: use K={n//2} or less, or K=None')
 
 # %% ../../nbs/10_vision.swav.ipynb #251a81da
