@@ -63,6 +63,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'self_supervised/augmentations.py'),
                                                'self_supervised.augmentations._augs_args': ( 'augmentations.html#_augs_args',
                                                                                              'self_supervised/augmentations.py'),
+                                               'self_supervised.augmentations._beside': ( 'augmentations.html#_beside',
+                                                                                          'self_supervised/augmentations.py'),
                                                'self_supervised.augmentations._blend': ( 'augmentations.html#_blend',
                                                                                          'self_supervised/augmentations.py'),
                                                'self_supervised.augmentations._draw': ( 'augmentations.html#_draw',

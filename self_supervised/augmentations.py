@@ -44,9 +44,12 @@ def crop_resize(
     return unit_float(torch.cat(crops))
 
 # %% ../nbs/03_augmentations.ipynb #1c7f5f68
+def _beside(t, x): return t.to(x.device, non_blocking=True) # parameters follow the images without waiting for the device
+
 def _gray(x):
     if x.shape[1]!=3: return x.mean(1, keepdim=True)
-    return (x*x.new_tensor([.2989, .587, .114])[:,None,None]).sum(1, keepdim=True)
+    r,g,b = x.split(1, 1)
+    return .2989*r + .587*g + .114*b
 
 def _blend(x, other, f): return (f*x + (1-f)*other).clamp(0, 1)
 
@@ -55,7 +58,7 @@ def _shift_hue(x, d):
     c = v - x.amin(1, keepdim=True)
     r,g,b = x.split(1, 1)
     h = torch.stack([g-b, b-r, r-g]).gather(0, i[None])[0]/c.clamp(min=1e-12) + 2*i # hue in sixths of the circle
-    k = (torch.tensor([5,3,1], device=x.device)[:,None,None] + h + 6*d) % 6
+    k = (5-2*torch.arange(3, device=x.device)[:,None,None] + h + 6*d) % 6 # 5, 3, 1 for red, green, blue
     return v - c*torch.minimum(k, 4-k).clamp(0, 1)
 
 _jitter_ops = [lambda x,f: (x*f).clamp(0, 1),
@@ -69,12 +72,14 @@ def color_jitter(
     order:Tensor=None, # (B,4) order of these operations in each image; None for the order above
 ) -> Tensor: # (B,C,H,W) float in [0,1]
     "Change the colours of each image; saturation and hue only where there are three channels"
-    x,n_ops = x.clone(), 4 if x.shape[1]==3 else 2
+    x,n_ops,factors = x.clone(), 4 if x.shape[1]==3 else 2, _beside(factors.to(x.dtype), x)
     if order is None: order = torch.arange(4).expand(len(x), 4)
     for step in order.T:
         for k in range(n_ops):
             ids = (step==k).nonzero().flatten()
-            if len(ids): x[ids] = _jitter_ops[k](x[ids], factors[ids,k].to(x)[:,None,None,None])
+            if not len(ids): continue
+            ids = _beside(ids, x)
+            x[ids] = _jitter_ops[k](x[ids], factors[ids,k][:,None,None,None])
     return x
 
 # %% ../nbs/03_augmentations.ipynb #465c5787
@@ -85,7 +90,7 @@ def gaussian_blur(
 ) -> Tensor: # (B,C,H,W) float
     "Blur each image with its own Gaussian, mirrored at the edges"
     B,C,H,W = x.shape
-    sigma = sigma.to(x)[:,None]
+    sigma = _beside(sigma.to(x.dtype), x)[:,None]
     x = x.reshape(1, B*C, H, W)
     for n,dim in ((H,(-1,1)), (W,(1,-1))):
         r = min(kernel_size//2, n-1)
@@ -99,7 +104,7 @@ def rotate(
     degrees:Tensor, # (B,) angles, counter-clockwise
 ) -> Tensor: # (B,C,H,W) float
     "Turn each image about its centre, mirrored at the edges"
-    (H,W),a = x.shape[2:],torch.deg2rad(degrees).to(x)
+    (H,W),a = x.shape[2:],_beside(torch.deg2rad(degrees).to(x.dtype), x)
     zero = torch.zeros_like(a)
     theta = torch.stack([a.cos(), -a.sin()*H/W, zero, a.sin()*W/H, a.cos(), zero], 1).view(-1,2,3)
     return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), padding_mode='reflection', align_corners=False)
@@ -145,7 +150,7 @@ class BatchTransform(DisplayedTransform):
         ids = (_draw(len(x), 0, 1, self.same_on_batch) < self.p).nonzero().flatten()
         if not len(ids): return unit_float(x)
         if len(ids)==len(x): return self.apply(unit_float(x))
-        x = unit_float(x).clone()
+        x,ids = unit_float(x).clone(),_beside(ids, x)
         x[ids] = self.apply(x[ids])
         return x
 
