@@ -16,8 +16,8 @@ from sklearn.manifold import TSNE
 from self_supervised.all import *
 
 out    = Path('demo')
-epochs = 18 # of pretraining
-protos = 50 # a few times the kinds of things there are
+epochs = 18  # of pretraining
+protos = 100 # ten times the classes
 
 class Block(Module):
     "Two convolutions and a shortcut, at half the resolution"

@@ -71,7 +71,7 @@ def create_swav_model(
     encoder:nn.Module, # any module that gives (B,F) features; `create_encoder` makes one
     hidden_size:int=256, # width of the projector (2048 in the paper, for ResNet-50)
     projection_size:int=128, # D, size of an embedding (paper, section 4)
-    n_protos:int=3000, # K, number of prototypes (paper, section 4, for ImageNet); for small data a few times the clusters you expect
+    n_protos:int=3000, # K, number of prototypes (paper, section 4, for ImageNet); for small data up to ten times the clusters you expect
     bn:bool=True, # batch norm in the projector, as in the official code
     nlayers:int=2, # linear layers in the projector, as in the official code
     n_features:int=None, # F of the encoder; None: found by a trial run, on 64 pixels unless the encoder is made for another size
