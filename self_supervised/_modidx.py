@@ -123,6 +123,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'self_supervised.core.SSLCallback.show': ('core.html#sslcallback.show', 'self_supervised/core.py'),
                                       'self_supervised.core.SSLCallback.ssl_model': ( 'core.html#sslcallback.ssl_model',
                                                                                       'self_supervised/core.py'),
+                                      'self_supervised.core._check_input': ('core.html#_check_input', 'self_supervised/core.py'),
                                       'self_supervised.core._full': ('core.html#_full', 'self_supervised/core.py'),
                                       'self_supervised.core._rng_states': ('core.html#_rng_states', 'self_supervised/core.py'),
                                       'self_supervised.core._set_rng_states': ('core.html#_set_rng_states', 'self_supervised/core.py'),

@@ -103,15 +103,22 @@ def _check_batch(self:SSLCallback, x):
     if not isinstance(x, Tensor) or x.ndim!=4: raise ValueError(
         f'a batch must hold images of shape (B,C,H,W), this one is {tuple(getattr(x, "shape", ())) or type(x).__name__}: '
         'check the transforms of the DataLoaders (ToTensor makes tensors of PIL images)')
-    n_in = first(o.shape[1] for o in self.ssl_model.parameters() if o.ndim==4)
-    if n_in not in (None, x.shape[1]): raise ValueError(
-        f'the images have {x.shape[1]} channels but the encoder takes {n_in}: create it with n_in={x.shape[1]}, or load images with {n_in}')
+    conv = first(o for o in self.ssl_model.modules() if isinstance(o, nn.Conv2d))
+    if conv and conv.in_channels!=x.shape[1]: _check_input(conv, x.shape[1])
     if x.is_floating_point() and (x.min()<0 or x.max()>1): notice_once(
         f'the images have values from {x.min():.1f} to {x.max():.1f}; view pipelines expect [0,1] (or uint8): leave Normalize out of the DataLoaders')
     needy = [o.name for o in self.learn.metrics if isinstance(o, (AvgMetric, AccumMetric))]
     if needy and not len(self.yb): raise ValueError(
         f'metrics {", ".join(needy)}: they compare predictions with labels and this data has none. '
         'Leave `metrics` out, and judge the encoder on labelled data with self_supervised.evaluation')
+
+def _check_input(conv, c):
+    "Wait for the next input of `conv`: something in front of it may turn `c` channels into what it takes"
+    def _hook(m, xs):
+        handle.remove()
+        if xs[0].shape[1]!=m.in_channels: raise ValueError(
+            f'the images have {c} channels but the encoder takes {m.in_channels}: create it with n_in={c}, or load images with {m.in_channels}')
+    handle = conv.register_forward_pre_hook(_hook)
 
 @patch
 def after_pred(self:SSLCallback):

@@ -328,6 +328,12 @@ def _dl(x):
     from fastai.data.load import DataLoader
     return DataLoader([(o,) for o in x], bs=8, n_inp=1)
 
+def test_a_stem_that_makes_channels_of_pixels():
+    "The first convolution takes four channels of one-channel images, and that is right"
+    m = create_swav_model(nn.Sequential(nn.PixelUnshuffle(2), *encoder(4)), 8, 6, n_protos=10, n_features=8)
+    learn = learner(m=m); quiet(learn, 1)
+    assert np.isfinite(learn.recorder.losses[-1]) and not any(o._forward_pre_hooks for o in m.modules())
+
 def test_nan_in_a_later_batch():
     x = torch.rand(40,1,14,14); x[-1] = float('nan')
     with pytest.raises(ValueError, match='NaN'): quiet(learner(tensor_dls(x, bs=8)), 1)
