@@ -13,6 +13,7 @@ from torch import nn
 
 import reference
 from self_supervised.data import tensor_dls
+from self_supervised.multicrop import multicrop
 from self_supervised.vision.swav import SWAV, create_swav_model, swav_loss
 
 
@@ -38,6 +39,12 @@ mixed     = [corner(0,5), corner(1,8), corner(2,5), corner(4,8)] # sizes alterna
 def test_loss_equals_reference(V, ids):
     s,q = torch.randn(V,3,6, dtype=torch.float64),torch.randn(len(ids),3,6, dtype=torch.float64).softmax(2)
     assert swav_loss(s, q, ids, .2).item() == pytest.approx(reference.swapped_loss(s.numpy(), q.numpy(), ids, .2), rel=1e-10)
+
+def test_views_of_equal_width_or_height():
+    "Views go through the encoder by height and width together, and come back in order"
+    enc = bn_free().encoder
+    views = [torch.rand(3,1,h,w) for h,w in ((8,8), (5,8), (8,5), (8,8), (5,8))]
+    torch.testing.assert_close(multicrop(enc, views), torch.cat([enc(v) for v in views]))
 
 def test_no_gradient_through_codes():
     s,q = torch.randn(2,3,4, requires_grad=True),torch.rand(2,3,4, requires_grad=True)
