@@ -20,18 +20,20 @@ from fasttransform import Pipeline
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import LRFinder
+from fastai.callback.training import bn_types
+from fastai.distributed import DistributedDL
 from fastai.learner import AvgMetric
 from fastai.metrics import AccumMetric
-from fastai.callback.training import bn_types
-from fastai.torch_core import apply, get_model, get_random_states, set_random_states, show_image, subplots
+from fastai.torch_core import (apply, get_model, get_random_states, num_distrib, rank_distrib, set_random_states, set_seed,
+                               show_image, subplots)
 
 # %% ../nbs/00_core.ipynb #a9928654
 @lru_cache(None)
 def notice_once(
     msg:str, # what to say
 ):
-    "Warn with `msg`, the first time only: eight pipelines that have the same thing to say say it once"
-    warnings.warn(msg, stacklevel=3)
+    "Warn with `msg`, the first time and on the first process only: eight pipelines that have the same thing to say say it once"
+    if not rank_distrib(): warnings.warn(msg, stacklevel=3)
 
 # %% ../nbs/00_core.ipynb #31f56833
 def check_size(
@@ -70,13 +72,18 @@ class SSLCallback(Callback):
         print_augs:bool=False, # print the pipelines
     ):
         self.aug_pipelines = assert_aug_pipelines(aug_pipelines)
-        if print_augs:
+        if print_augs and not rank_distrib():
             for o in self.aug_pipelines: print(o)
 
     @property
     def ssl_model(self) -> nn.Module: # the model itself
         "The model without the wrapper that distributed training puts around it"
         return get_model(self.learn.model)
+
+    @property
+    def even(self) -> bool: # do all processes have as many images in this batch?
+        "fastai's distributed loader deals them out evenly; with any other the numbers have to be asked for"
+        return isinstance(self.dl, DistributedDL)
 
     def lf(self,
         pred, # what the model returned for the list of views, float32
@@ -138,24 +145,27 @@ def _give_back(self:SSLCallback):
     if self._borrowed: (self.learn.loss_func,),self._borrowed = self._borrowed,None
 
 # %% ../nbs/00_core.ipynb #360c0dc5
-def _rng_states(dls): return get_random_states(), [o.rng.getstate() for o in dls if hasattr(o, 'rng')]
+def _rng_states(dls): return get_random_states(), [(o, o.rng.getstate()) for o in dls if hasattr(o, 'rng')]
 
-def _set_rng_states(dls, states, dl_states):
+def _set_rng_states(states, dl_states):
     set_random_states(**states)
-    for o,s in zip((o for o in dls if hasattr(o, 'rng')), dl_states): o.rng.setstate(s)
+    for o,s in dl_states: o.rng.setstate(s)
 
 @patch
 def before_fit(self:SSLCallback):
-    "Refuse what cannot train; remember the random generators if this is `lr_find`"
+    "Refuse what cannot train; remember the random generators if this is `lr_find`; other processes, other views"
     self._give_back()
     if getattr(self.dls.train, 'bs', None)==1 and any(isinstance(o, bn_types) for o in self.learn.model.modules()): raise ValueError(
         'bs=1, and the model has batch norm, which needs several images: use bs=2 or more (or a model without batch norm)')
+    if num_distrib()>1 and not torch.distributed.is_initialized(): raise ValueError(
+        f'{num_distrib()} processes were launched, and this Learner does not know of the others: fit inside `with learn.distrib_ctx():`')
     self._rng = _rng_states(self.dls) if any(isinstance(o, LRFinder) for o in self.learn.cbs) else None
+    if rank_distrib(): set_seed(int(torch.randint(2**31, (1,))) + rank_distrib())
 
 @patch
 def after_fit(self:SSLCallback):
     "Put back what `lr_find` has used of the random generators"
-    if self._rng: _set_rng_states(self.dls, *self._rng)
+    if self._rng: _set_rng_states(*self._rng)
     self._rng = None
 
 @patch

@@ -9,7 +9,7 @@ __all__ = ['FeatureQueue']
 import torch
 from torch import nn, Tensor
 
-from .dist import all_gather, rank, world_size
+from .dist import all_gather, rank, rank_sizes, world_size
 
 # %% ../nbs/07_queue.ipynb #6d81c375
 class FeatureQueue(nn.Module):
@@ -29,9 +29,11 @@ class FeatureQueue(nn.Module):
     @torch.no_grad()
     def push(self,
         z:Tensor, # (A,B,D) projections of this batch on this rank
+        even:bool=False, # all ranks have as many (see `rank_sizes`)
     ):
         "Remember `z` of all ranks and forget what is oldest"
-        z = all_gather(z.detach().transpose(0,1).contiguous()).transpose(0,1)
+        z = z.detach().transpose(0,1)
+        z = all_gather(z, rank_sizes(z, even)).transpose(0,1)
         old = [self.feats] if len(self.feats) else []
         self.feats = torch.cat([z.to(self.feats), *old], 1)[:, :self.length]
 

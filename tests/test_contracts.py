@@ -2,30 +2,13 @@
 import inspect
 
 import numpy as np, pytest, torch
-from fastai.learner import Learner
-from torch import nn
+from fastai.callback.core import Callback
 
 import self_supervised.all as ssl
-from self_supervised.core import SSLCallback, ssl_methods
+from self_supervised.core import SSLCallback
 from self_supervised.data import tensor_dls
 
-methods = ssl_methods()
-
-def encoder(n_in=1): return nn.Sequential(nn.Conv2d(n_in,8,3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-def learner(name, n_in=1, labelled=False):
-    m,small = methods[name],dict(jitter=False, bw=False, blur=False, stats=None)
-    pars = inspect.signature(m.get_aug_pipelines).parameters
-    augs = m.get_aug_pipelines(**(dict(num_crops=(2,2), crop_sizes=(12,6)) if 'num_crops' in pars else dict(size=12)), **small)
-    x,y = torch.randint(0, 256, (32,n_in,14,14), dtype=torch.uint8),torch.arange(32)%4
-    sizes = dict(n_protos=10) if 'n_protos' in inspect.signature(m.create_model).parameters else {}
-    cb_pars = inspect.signature(m.callback).parameters
-    args = {k:v for k,v in dict(crop_assgn_ids=[0,1], K=16, queue_start_pct=0.).items() if k in cb_pars}
-    return Learner(tensor_dls(*(((x,y),(x[:8],y[:8])) if labelled else (x,x[:8])), bs=8), m.create_model(encoder(n_in), hidden_size=16, projection_size=8, **sizes),
-                   cbs=m.callback(augs, **args))
-
-def quiet(learn, *args, **kwargs):
-    with learn.no_bar(), learn.no_logging(): learn.fit(*args, **kwargs)
+from methods import augs, callback, encoder, images, learner, methods, model, quiet
 
 pytestmark = pytest.mark.parametrize('name', methods)
 
@@ -35,13 +18,20 @@ def test_registered_names(name):
     assert m.callback.__module__==f'self_supervised.vision.{name}'
     for o in m: assert getattr(ssl, o.__name__) is o
 
+def test_arguments(name):
+    "The same first arguments everywhere, so that methods can be exchanged"
+    first = lambda f: list(inspect.signature(f).parameters)[:3]
+    assert first(methods[name].create_model)==['encoder','hidden_size','projection_size']
+    assert first(methods[name].callback)[0]=='aug_pipelines' and 'print_augs' in inspect.signature(methods[name].callback).parameters
+
 @pytest.mark.parametrize('n_in', [1, 3, 4])
 @pytest.mark.parametrize('labelled', [False, True])
 def test_trains(name, n_in, labelled):
     "Finite losses, a gradient for every parameter, and weights that move"
-    learn,no_grad = learner(name, n_in, labelled),set()
+    x,y = images(32, n_in),torch.arange(32)%4
+    learn,no_grad = learner(name, tensor_dls(*(((x,y),(x[:8],y[:8])) if labelled else (x,x[:8])), bs=8), model(name, n_in)),set()
     before = {k:v.clone() for k,v in learn.model.named_parameters()}
-    class Grads(ssl.SSLCallback.__base__):
+    class Grads(Callback):
         order = 30
         def after_backward(self):
             no_grad.update(k for k,p in self.learn.model.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.abs().sum()>0)
@@ -52,21 +42,30 @@ def test_trains(name, n_in, labelled):
     moved = {k for k,v in learn.model.named_parameters() if not torch.equal(v, before[k])}
     assert set(before)-moved <= quiet_bias
 
-def test_own_things_are_put_back(name):
-    learn = learner(name)
-    own,model = learn.loss_func,learn.model
-    quiet(learn, 1)
-    with learn.no_bar(): learn.lr_find(num_it=6, show_plot=False); learn.validate()
-    assert learn.loss_func is own and learn.model is model
-
 def test_same_seed_same_run(name):
     def run():
         torch.manual_seed(0); learn = learner(name); learn.dls.train.rng.seed(0); quiet(learn, 1)
         return torch.cat([o.flatten() for o in learn.model.parameters()])
     assert torch.equal(run(), run())
 
-def test_features_and_show(name):
-    learn = learner(name)
-    n = len(getattr(learn, learn.cbs[-1].name).aug_pipelines)
-    assert len(learn.cbs[-1].show(n=2))==2*n
-    assert learn.model.eval()(torch.rand(4,1,14,14)).shape==(4,8) # one batch of images: the encoder's features
+def test_encoder(name):
+    "It is a part of the model under its own name, the object that came in, and gives features of images of any size"
+    enc = encoder()
+    m = model(name, enc=enc)
+    assert m.encoder is enc and m.encoder.eval()(torch.rand(4,1,14,14)).shape==(4,8)
+
+def test_show(name):
+    cb = callback(name)
+    learn,V = learner(name, cb=cb),len(cb.aug_pipelines)
+    assert getattr(learn, cb.name) is cb
+    assert len(cb.show(n=3))==3*V # before any batch was seen
+    quiet(learn, 1)
+    axes = cb.show(n=2)
+    assert len(axes)==2*V and all(len(o.images)==1 for o in axes)
+
+def test_print_augs(name, capsys, monkeypatch):
+    "Every pipeline, and on the first process only"
+    callback(name, print_augs=True)
+    assert capsys.readouterr().out.count('RandomCropResize')==len(augs(name))
+    monkeypatch.setenv('RANK', '1'); callback(name, print_augs=True)
+    assert capsys.readouterr().out==''

@@ -16,7 +16,7 @@ from fastai.layers import apply_init
 
 from ..augmentations import get_batch_augs, get_multi_aug_pipelines
 from ..core import SSLCallback, notice_once, register_method
-from ..dist import world_size
+from ..dist import all_mean, world_size
 from ..layers import create_mlp_module, encoder_dim
 from ..multicrop import multicrop
 from ..queue import FeatureQueue
@@ -151,16 +151,16 @@ def codes(self:SWAV,
         s = scores[a]
         if use_queue: s = torch.cat([s, F.linear(q.local[i], self.ssl_model.prototypes.weight)])
         res.append(sinkhorn_knopp(s, self.eps, self.n_sinkh_iter, self.hard_codes)[:scores.shape[1]])
-    if q.length and self.training: q.push(z[self.crop_assgn_ids])
+    if q.length and self.training: q.push(z[self.crop_assgn_ids], self.even)
     return torch.stack(res)
 
 @patch
 def lf(self:SWAV,
     pred:tuple, # embeddings (V·B,D) and scores (V·B,K) from the model
 ) -> Tensor: # scalar
-    "The swapped loss of this batch"
+    "The swapped loss of this batch, joined over processes"
     z,scores = (o.unflatten(0, (len(self.aug_pipelines),-1)) for o in pred)
-    return swav_loss(scores, self.codes(z, scores), self.crop_assgn_ids, self.temp)
+    return all_mean(swav_loss(scores, self.codes(z, scores), self.crop_assgn_ids, self.temp), z.shape[1])
 
 # %% ../../nbs/10_vision.swav.ipynb #e0253e6c
 @patch
