@@ -12,23 +12,25 @@ from self_supervised.data import tensor_dls
 methods = ssl_methods()
 plain   = dict(jitter=False, bw=False, blur=False, stats=None)
 
-def _taken(f, **kwargs): return {k:v for k,v in kwargs.items() if k in inspect.signature(f).parameters}
+def taken(f, **kwargs):
+    "Those of `kwargs` that `f` has"
+    return {k:v for k,v in kwargs.items() if k in inspect.signature(f).parameters}
 
 def encoder(n_in=1, bn=True):
     return nn.Sequential(nn.Conv2d(n_in,8,3), *([nn.BatchNorm2d(8)] if bn else []), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 def model(name, n_in=1, enc=None, **kwargs):
     create = methods[name].create_model
-    kwargs = _taken(create, hidden_size=16, projection_size=8, n_protos=10) | kwargs
+    kwargs = taken(create, hidden_size=16, projection_size=8, n_protos=10) | kwargs
     return create(encoder(n_in) if enc is None else enc, **kwargs)
 
 def augs(name, size=12, **kwargs):
     get = methods[name].get_aug_pipelines
-    return get(**_taken(get, num_crops=(2,2), crop_sizes=(size,size//2), size=size), **(plain | kwargs))
+    return get(**taken(get, num_crops=(2,2), crop_sizes=(size,size//2), size=size), **(plain | kwargs))
 
 def callback(name, aug_pipelines=None, **kwargs):
     cls = methods[name].callback
-    return cls(augs(name) if aug_pipelines is None else aug_pipelines, **_taken(cls, crop_assgn_ids=[0,1], K=12, queue_start_pct=0.), **kwargs)
+    return cls(augs(name) if aug_pipelines is None else aug_pipelines, **taken(cls, crop_assgn_ids=[0,1], K=12, queue_start_pct=0.), **kwargs)
 
 def images(n=40, c=1, size=14): return torch.randint(0, 256, (n,c,size,size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 

@@ -57,3 +57,18 @@ def codes(z, scores, ids, prototypes, queue=None, use_queue=False, eps=.05, n_it
         if use_queue: s += [[float(np.dot(o, c)) for c in prototypes] for o in queue.rows[i]]
         res.append(sinkhorn(s, eps, n_iters)[:B])
     return np.stack(res)
+
+
+def nt_xent(z, n_views, temp):
+    "`z` (V·B,D), view by view: every view is an anchor; each positive against all views of other images, written out"
+    z = np.asarray(z, dtype=np.float64)
+    n,B = len(z),len(z)//n_views
+    sim = lambda i,j: float(np.dot(z[i], z[j]))/math.sqrt(np.dot(z[i], z[i])*np.dot(z[j], z[j]))/temp
+    total,pairs = 0.,0
+    for i in range(n):
+        for p in range(n):
+            if p==i or p%B!=i%B: continue
+            logits = [sim(i,p)] + [sim(i,j) for j in range(n) if j%B!=i%B]
+            total -= log_softmax(logits)[0]
+            pairs += 1
+    return total/pairs

@@ -1,6 +1,8 @@
 "Two and three processes (gloo, CPU) give what one gives on the joined batch"
 import os
+from contextlib import redirect_stdout
 from functools import partial
+from io import StringIO
 
 import pytest, torch
 import torch.distributed as tdist
@@ -18,8 +20,10 @@ from self_supervised.data import tensor_dls
 from self_supervised.dist import all_gather, all_mean, all_reduce, rank, rank_sizes, world_size
 from self_supervised.queue import FeatureQueue
 from self_supervised.sinkhorn import sinkhorn_knopp
-from self_supervised.vision.simclr import DistributedSimCLR, SimCLR, create_simclr_model, nt_xent_loss
+from self_supervised.vision.simclr import DistributedSimCLR, SimCLR, nt_xent_loss
 from self_supervised.vision.swav import SWAV, create_swav_model, get_swav_aug_pipelines
+
+from methods import callback, methods, model, taken
 
 pytestmark = pytest.mark.slow
 mp.set_forkserver_preload(['self_supervised.all']) # imported once, not by each process
@@ -109,15 +113,14 @@ def corners(*sizes): return [Pipeline([partial(_cut, i, o)], split_idx=0) for i,
 def pictures(): return torch.rand(n_images, 1, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 def no_bn_encoder(): return nn.Sequential(nn.Conv2d(1,6,3), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
-def simclr(): return create_simclr_model(no_bn_encoder(), 8, 5)
-def swav(): return create_swav_model(no_bn_encoder(), 8, 5, n_protos=7, bn=False)
+def no_bn_model(name): return model(name, enc=no_bn_encoder(), **taken(methods[name].create_model, bn=False))
 multi = 8,8,5,5,5
 
-cases = dict(simclr       = (simclr, lambda: SimCLR(corners(8,8), temp=.2)),
-             distributed  = (simclr, lambda: DistributedSimCLR(corners(8,8), temp=.2)),
-             simclr_multi = (simclr, lambda: SimCLR(corners(*multi), temp=.2)),
-             swav         = (swav,   lambda: SWAV(corners(*multi), [0,1], K=None, freeze_prototypes_niters=0)),
-             swav_queue   = (swav,   lambda: SWAV(corners(*multi), [0,1], K=10, queue_start_pct=.3, freeze_prototypes_niters=1)))
+cases = {nm: (nm, partial(callback, nm, corners(*multi))) for nm in methods} | dict( # every method on multi-crop, and
+    two_views   = ('simclr', lambda: SimCLR(corners(8,8), temp=.2)),
+    distributed = ('simclr', lambda: DistributedSimCLR(corners(8,8), temp=.2)),
+    no_queue    = ('swav',   lambda: SWAV(corners(*multi), [0,1], K=None, freeze_prototypes_niters=0)),
+    queue       = ('swav',   lambda: SWAV(corners(*multi), [0,1], K=10, queue_start_pct=.3)))
 
 class Record(Callback):
     "Loss and all gradients of every step, as the optimiser gets them"
@@ -127,10 +130,10 @@ class Record(Callback):
 
 def learner(case, x, bs, folder):
     set_seed(7)
-    make,cb = cases[case]
+    nm,cb = cases[case]
     dls = tensor_dls(x, x[:7], bs=bs, drop_last=False)
     dls.train.shuffle = False
-    learn = Learner(dls, make().double(), opt_func=SGD, path=folder, cbs=[cb(), Record()])
+    learn = Learner(dls, no_bn_model(nm).double(), opt_func=SGD, path=folder, cbs=[cb(), Record()])
     learn.remove_cbs([Recorder, ProgressCallback]) # fastai's Recorder cannot average losses in float64
     return learn
 
@@ -174,13 +177,13 @@ def test_fit_equals_one_process(n, tmp_path, capsys):
             if not r:
                 with capsys.disabled(): print(f'\n{c} on {n} ranks against one process: {len(one[0])} steps, largest relative difference {worst:.1e}', end='')
 
-def go_on(folder): return train('swav_queue', pictures(), bs, folder, load='swav_queue_2')
+def go_on(folder): return train('queue', pictures(), bs, folder, load='queue_2')
 
 def test_saved_on_two_loads_on_one_and_three(tmp_path):
     on_ranks(training, tmp_path, 2)
-    assert learner('swav_queue', pictures(), bs, tmp_path).load('swav_queue_2').model.queue.feats.shape==(2,10,5)
+    assert learner('queue', pictures(), bs, tmp_path).load('queue_2').model.queue.feats.shape==(2,10,8)
     res = on_ranks(go_on, tmp_path, 3)
-    one = train('swav_queue', joined(3), bs*3, tmp_path, load='swav_queue_2')
+    one = train('queue', joined(3), bs*3, tmp_path, load='queue_2')
     for o in res: assert_same_steps(o, one)
 
 
@@ -208,15 +211,14 @@ def everyday(folder):
         with learn.no_bar(): lr = learn.lr_find(num_it=20, show_plot=False).valley
         trace = all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items()) and torch.equal(rng, torch.get_rng_state())
         views = [views_of_a_fit(learn) for _ in range(2)]
-    learn.to_distributed(); learn.fit(1); learn.detach_distributed()
+    with redirect_stdout(StringIO()) as out: learn.to_distributed(); learn.fit(1); learn.detach_distributed()
     learn.save('everyday')
-    return dict(lr=lr, no_trace=trace, views=torch.stack(views), progress=progress, losses=[float(o) for o in learn.recorder.losses], values=[list(o) for o in learn.recorder.values],
+    return dict(out=out.getvalue(), lr=lr, no_trace=trace, views=torch.stack(views), progress=progress, losses=[float(o) for o in learn.recorder.losses], values=[list(o) for o in learn.recorder.values],
                 weights=[o.detach() for o in learn.model.parameters()], queue=learn.model.queue.feats, plain=type(learn.model).__name__,
                 loaders=[type(o).__name__ for o in learn.dls])
 
-def test_everyday(tmp_path, capfd):
+def test_everyday(tmp_path):
     a,b = on_ranks(everyday, tmp_path, 2)
-    out = capfd.readouterr().out
     assert a['lr']==b['lr'] and a['no_trace'] and b['no_trace']
     assert not any((v==w).all() for v in a['views'].flatten(0,1) for w in b['views'].flatten(0,1))                   # each rank its own views
     for o in (a,b): assert not torch.equal(o['views'][0], o['views'][1])                                             # and other ones in a second fit
@@ -224,6 +226,6 @@ def test_everyday(tmp_path, capfd):
     for v,w in zip(a['weights'], b['weights']): assert torch.equal(v, w)
     assert torch.equal(a['queue'], b['queue']) and a['queue'].shape==(2,12,5)
     assert a['progress']==[True] and b['progress']==[False]
-    assert out.count('train_loss')==1                                                                                # one table
+    assert a['out'].count('train_loss')==1 and b['out']==''                                                          # one table
     assert [o.name for o in tmp_path.glob('models/*')]==['everyday.pth']                                             # one file, and nothing left of lr_find
     assert a['plain']=='SwAVModel' and a['loaders']==['TensorDL','TensorDL']
