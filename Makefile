@@ -14,7 +14,7 @@ comma      := ,
 
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test check lint sync notebooks pytest export clean-nbs
+.PHONY: help demo test check lint sync notebooks pytest bench export clean-nbs
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
@@ -40,6 +40,9 @@ notebooks: $(STAMP) ## run every notebook; none may fail or leave a file behind
 
 pytest: $(STAMP) ## the tests under tests/
 	$(PY) -m pytest
+
+bench: $(STAMP) ## measure time and memory against the plain forms; a few minutes, best on an idle machine
+	@for f in nt_xent checkpointing; do echo "== benchmarks/$$f.py"; $(PY) -W ignore benchmarks/$$f.py; done
 
 export: $(STAMP) ## write the modules from the notebooks
 	$(PY) $(BIN)/nbdev-export
