@@ -187,6 +187,22 @@ def test_saved_on_two_loads_on_one_and_three(tmp_path):
     for o in res: assert_same_steps(o, one)
 
 
+def own_loaders(folder, x=None):
+    "Each rank with a loader and a number of images of its own: nothing of fastai's deals them out evenly"
+    x = share(pictures()[:6], world_size(), rank()) if x is None else x
+    res = {}
+    for c in cases:
+        learn = learner(c, x, len(x), folder)
+        learn.fit(1, lr=0.)
+        res[c] = learn.record.steps[0]['loss'],getattr(learn.model, 'queue', learn.model).state_dict()
+    return res
+
+def test_loaders_of_ones_own(tmp_path):
+    "Batches of 4 and 2 images have the loss, and leave the queue, of one of 6"
+    one = own_loaders(tmp_path, pictures()[:6])
+    for o in on_ranks(own_loaders, tmp_path, 2): torch.testing.assert_close(o, one)
+
+
 # What else a fit on several processes does
 
 def views_of_a_fit(learn):

@@ -7,7 +7,7 @@ import pytest
 from fastai.learner import Learner
 from PIL import Image
 
-placeholder,n_images = 'path/to/images',128
+placeholder,n_images = 'path/to/images',64
 
 def blocks(text):
     "Fenced blocks of a Markdown text, as (language, code)"
