@@ -1,5 +1,5 @@
-"What the benchmarks share: the highest memory of a call, and a script run again for one of its functions in a process of its own (Linux)"
-import re, subprocess, sys
+"What the benchmarks share: the highest memory of a call, and a script run again for one of its numbers in a process of its own (Linux)"
+import json, os, re, subprocess, sys
 from pathlib import Path
 
 def _status(field): return 1024*int(re.search(rf'{field}:\s+(\d+) kB', Path('/proc/self/status').read_text())[1])
@@ -12,5 +12,6 @@ def peak_memory(f):
     return _status('VmHWM')-before
 
 def alone(file, *args):
-    "The number that script `file` prints when run with `args`"
-    return float(subprocess.run([sys.executable, '-W', 'ignore', file, *map(str, args)], check=True, stdout=subprocess.PIPE, text=True).stdout)
+    "What script `file` prints, as JSON, when run with `args`; memory that is freed there goes back to the system at once (glibc)"
+    return json.loads(subprocess.run([sys.executable, '-W', 'ignore', file, *map(str, args)], env={**os.environ, 'MALLOC_MMAP_THRESHOLD_':'65536'},
+                                     check=True, stdout=subprocess.PIPE, text=True).stdout)

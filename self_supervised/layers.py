@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PoolingType', 'create_fastai_encoder', 'create_timm_encoder', 'create_encoder', 'encoder_channels', 'encoder_dim',
            'create_mlp_module', 'create_cls_module', 'create_model', 'model_splitter', 'CheckpointSequential',
-           'CheckpointResNet', 'CheckpointEfficientNet', 'CheckpointVisionTransformer']
+           'checkpoint_encoder', 'CheckpointResNet', 'CheckpointEfficientNet', 'CheckpointVisionTransformer']
 
 # %% ../nbs/04_layers.ipynb #46ad35dd
 import difflib
@@ -58,7 +58,6 @@ def _unknown_arch(arch, lib, names):
 def _check_n_in(n_in):
     if not isinstance(n_in, int) or n_in<1: raise ValueError(f'n_in={n_in!r}: the number of channels of the images must be an int of 1 or more')
 
-# %% ../nbs/04_layers.ipynb #cfccbfad
 def create_fastai_encoder(
     arch, # fastai or torchvision model function such as `xresnet18`, or its name
     pretrained:bool=True, # load ImageNet weights; of its own xresnets fastai has them for `xresnet50` only
@@ -236,10 +235,14 @@ def model_splitter(
     return L(m[0], m[1:]).map(params)
 
 # %% ../nbs/04_layers.ipynb #05129d43
+def _norms(m):
+    "All batch norms in `m`"
+    return [o for o in m.modules() if isinstance(o, nn.modules.batchnorm._BatchNorm)]
+
 @contextmanager
 def _keep_stats(m):
-    "Put the running statistics of all batch norms in `m` back as they were"
-    stats = [(b,b.clone()) for o in m.modules() if isinstance(o, nn.modules.batchnorm._BatchNorm) for b in o.buffers()]
+    "Put the running statistics in `m` back as they were"
+    stats = [(b,b.clone()) for o in _norms(m) for b in o.buffers()]
     try: yield
     finally:
         for b,old in stats: b.copy_(old)
@@ -258,10 +261,58 @@ class CheckpointSequential(nn.Sequential):
 
     def forward(self, x):
         if not torch.is_grad_enabled(): return super().forward(x)
-        for chunk in chunked(list(self), n_chunks=self.checkpoint_nchunks):
-            chunk = nn.Sequential(*chunk)
+        layers = []
+        for o in self: # an in-place layer goes with the one before, or it would overwrite what is kept between two chunks
+            if layers and getattr(o, 'inplace', False): layers[-1].append(o)
+            else: layers.append([o])
+        for chunk in chunked(layers, n_chunks=self.checkpoint_nchunks):
+            chunk = nn.Sequential(*sum(chunk, []))
             x = checkpoint(chunk, x, use_reentrant=False, context_fn=lambda m=chunk: (nullcontext(), _keep_stats(m)))
         return x
+
+# %% ../nbs/04_layers.ipynb #5476ccc4
+def _set_aside(bn, _): bn.aside = [b.clone() for b in bn.buffers()] if bn.seen else []
+
+def _put_back(bn, *_):
+    for b,old in zip(bn.buffers(), bn.aside): b.copy_(old)
+    bn.aside = []
+
+def _first_run(encoder, _):
+    "Before the forward pass: what comes is new to the batch norms"
+    for o in _norms(encoder):
+        if not hasattr(o, 'seen'): # in the first pass, and after `convert_sync_batchnorm`, which makes new layers
+            o.register_forward_pre_hook(_set_aside)
+            o.register_forward_hook(_put_back, always_call=True)
+        o.seen = False
+
+def _second_run(encoder, *_):
+    "After it: what comes now, in the backward pass, they have seen"
+    for o in _norms(encoder): o.seen = True
+
+def checkpoint_encoder(
+    encoder:nn.Module, # encoder of fastai or timm, or any `nn.Sequential`; may be changed in place, so use what is returned
+    checkpoint_nchunks:int=2, # chunks of an `nn.Sequential`, more take less memory; timm cuts at every block
+) -> nn.Module: # encoder with the same weights, features and `state_dict`
+    "Have `encoder` checkpoint its gradients"
+    if isinstance(encoder, nn.Sequential):
+        body = encoder[0]
+        if not isinstance(body, nn.Sequential) or len(body) < len(encoder): return CheckpointSequential(encoder, checkpoint_nchunks)
+        encoder[0] = CheckpointSequential(body, checkpoint_nchunks) # a VGG or DenseNet has all its layers there
+        return encoder
+    if not isinstance(encoder, nn.Module): raise TypeError(f'encoder={encoder!r} must be an nn.Module, such as create_encoder gives')
+    if any(isinstance(o, CheckpointSequential) for o in encoder.modules()): return encoder # `CheckpointResNet` and its kind
+    name = type(encoder).__name__
+    if not hasattr(encoder, 'set_grad_checkpointing'):
+        raise ValueError(f'{name} is neither an nn.Sequential nor a timm model: make its layers that take most memory CheckpointSequentials, '
+                         'as CheckpointResNet does for a ResNet of torchvision')
+    try: encoder.set_grad_checkpointing(True)
+    except AssertionError as e:
+        raise ValueError(f'timm cannot checkpoint a {name} ({e}): take another architecture, such as a ResNet, EfficientNet, ConvNeXt '
+                         'or vision transformer, or save memory with half precision, smaller crops or a smaller batch') from e
+    if _norms(encoder):
+        encoder.register_forward_pre_hook(_first_run)
+        encoder.register_forward_hook(_second_run, always_call=True)
+    return encoder
 
 # %% ../nbs/04_layers.ipynb #36389e6e
 def _checkpoint_parts(m, names, nchunks, cls):

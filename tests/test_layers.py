@@ -1,5 +1,5 @@
 "Contracts of `self_supervised.layers`: every encoder keeps (B,F), heads have fastai's structure, checkpointing changes nothing."
-import random, warnings
+import pickle, random, warnings
 from copy import deepcopy
 
 import numpy as np, pytest, timm, torch, torchvision
@@ -309,6 +309,21 @@ ckpts = {'xresnet18': (CheckpointSequential, lambda: create_fastai_encoder('xres
          'mobilenetv3_small_100': (CheckpointEfficientNet, lambda: create_timm_encoder('mobilenetv3_small_100', pretrained=False)),
          'vit_tiny': (CheckpointVisionTransformer, lambda: create_timm_encoder('vit_tiny_patch16_224', pretrained=False, depth=4, drop_path_rate=.2, attn_drop_rate=.1))}
 
+def norms(m): return [o for o in m.modules() if isinstance(o, nn.modules.batchnorm._BatchNorm)]
+
+def train(m, steps=2):
+    "All that training steps on crops of two sizes give: losses, gradients, weights, statistics and the state of the random numbers"
+    torch.manual_seed(3)
+    opt,res = torch.optim.SGD(m.parameters(), lr=.1),[]
+    for i in range(steps):
+        opt.zero_grad()
+        loss = sum(m(imgs(h=h, bs=4, seed=i)).float().pow(2).mean() for h in (64,32))
+        loss.backward(); opt.step()
+        res += [loss.detach(), *[p.grad for p in m.parameters() if p.grad is not None], *m.state_dict().values()]
+    return deepcopy([*res, torch.get_rng_state()])
+
+def assert_same(a, b): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
 @pytest.mark.parametrize('n', [1,2,7])
 @pytest.mark.parametrize('name', ckpts)
 def test_checkpoint_changes_nothing(name, n):
@@ -340,17 +355,18 @@ def test_checkpoint_recomputes(name):
     with torch.no_grad(): m(imgs(bs=4))
     assert len(runs)==3*len(seqs)
 
+def kept(m, x):
+    "Numbers saved by the nodes of the graph of one forward pass, weights aside"
+    seen,own = {},{p.data_ptr() for p in m.parameters()}
+    def pack(t):
+        if t.data_ptr() not in own: seen[t.data_ptr()] = t.numel()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): _graph = m(x)
+    return sum(seen.values())
+
 def test_checkpoint_keeps_fewer_activations():
-    def kept(m):
-        "Numbers saved by the nodes of the graph of one forward pass, weights aside"
-        seen,own = {},{p.data_ptr() for p in m.parameters()}
-        def pack(t):
-            if t.data_ptr() not in own: seen[t.data_ptr()] = t.numel()
-            return t
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): m(imgs(h=64, bs=4))
-        return sum(seen.values())
-    e = enc('xresnet18')
-    assert kept(CheckpointSequential(e, 4)) < kept(e)/4
+    e,x = enc('xresnet18'),imgs(h=64, bs=4)
+    assert kept(CheckpointSequential(e, 4), x) < kept(e, x)/4
 
 def test_checkpoint_sequential_is_the_same_model():
     e = enc('xresnet18'); m = CheckpointSequential(e, 3)
@@ -359,6 +375,12 @@ def test_checkpoint_sequential_is_the_same_model():
     assert deepcopy(m)(imgs(bs=4)).shape == (4,1024)
     assert encoder_dim(m) == 1024 and encoder_channels(m) == 3
     assert create_model(m, 3)(imgs(bs=4)).shape == (4,3)
+
+@pytest.mark.parametrize('n', range(1,8))
+def test_checkpoint_in_place_layers(n):
+    "A layer that overwrites what the one before it gives is not parted from it."
+    plain = nn.Sequential(nn.Conv2d(3,4,3), nn.BatchNorm2d(4), nn.Dropout(.2, inplace=True), nn.ReLU(inplace=True), nn.Conv2d(4,4,3), nn.ReLU(inplace=True), nn.Flatten())
+    assert_same(train(CheckpointSequential(deepcopy(plain), n)), train(plain))
 
 @pytest.mark.parametrize('cls,make,msg', [(CheckpointResNet, lambda: enc('tf_efficientnet_b0'), 'layer1.*CheckpointEfficientNet'),
     (CheckpointEfficientNet, lambda: create_timm_encoder('resnet18', pretrained=False), 'blocks.*CheckpointResNet'),
@@ -370,3 +392,98 @@ def test_checkpoint_wrong_model(cls, make, msg):
 def test_checkpoint_wrong_chunks(name):
     cls,make = ckpts[name]
     with pytest.raises(ValueError, match='checkpoint_nchunks=0'): cls(make(), 0)
+
+# ---- one call for all encoders ------------------------------------------------------------------------------------------------
+
+def tm(arch, **kwargs): return create_timm_encoder(arch, pretrained=False, **kwargs)
+# The first two are fastai's, SqueezeNet with all its layers in one piece. timm cuts stages (ResNet, EfficientNet), runs single batch norms again (DenseNet),
+# or the blocks of modules that are no Sequential (RegNet); the last three have layer norms only. Most draw random numbers on the way.
+encs = {'xresnet18':    lambda: enc('xresnet18', widen=.25),
+        'squeezenet':   lambda: enc('squeezenet1_1'),
+        'resnet':       lambda: tm('test_resnet', drop_rate=.2, drop_path_rate=.2),
+        'efficientnet': lambda: tm('test_efficientnet', drop_path_rate=.2),
+        'densenet':     lambda: tm('densenet121', block_config=(4,4), growth_rate=16, proj_drop_rate=.2),
+        'regnet':       lambda: tm('regnety_002', drop_path_rate=.2),
+        'vit':          lambda: tm('test_vit', drop_path_rate=.2, proj_drop_rate=.2, attn_drop_rate=.1),
+        'convnext':     lambda: tm('test_convnext', drop_path_rate=.2),
+        'swin':         lambda: tm('swin_tiny_patch4_window7_224', embed_dim=24, depths=(2,2), num_heads=(2,2), drop_path_rate=.2)}
+
+@pytest.mark.parametrize('mode', ['float32','bfloat16','frozen'])
+@pytest.mark.parametrize('name', encs)
+def test_checkpoint_encoder_changes_nothing(name, mode):
+    "Two steps with crops of two sizes; under autocast, and with every other batch norm frozen, too."
+    plain = encs[name](); m = checkpoint_encoder(deepcopy(plain))
+    if mode=='frozen':
+        for e in (plain,m):
+            for o in norms(e)[::2]: o.eval()
+    with torch.autocast('cpu', torch.bfloat16, enabled=mode=='bfloat16'): a,b = train(plain),train(m)
+    assert_same(a, b)
+    assert all(o.num_batches_tracked == (4 if o.training else 0) for o in norms(m)) and len(norms(m)) == len(norms(plain))
+    assert list(m.state_dict()) == list(plain.state_dict()) and bool(norms(m)) == (name not in ('squeezenet','vit','convnext','swin'))
+    assert_same(plain.eval()(imgs(h=64)), m.eval()(imgs(h=64)))
+
+@pytest.mark.parametrize('name', encs)
+def test_checkpoint_encoder_recomputes(name):
+    "Layers run again in the backward pass in exchange for memory, and once where there is none."
+    plain = encs[name](); m,x = checkpoint_encoder(deepcopy(plain)),imgs(h=64, bs=4)
+    assert kept(m, x) < .8*kept(plain, x)
+    runs,layers = [],[o for o in m.modules() if isinstance(o, (nn.Conv2d,nn.Linear))]
+    for o in layers: o.register_forward_pre_hook(lambda *_: runs.append(1))
+    out = m(x); n = len(runs)
+    out.sum().backward(); assert len(runs) > 1.25*n
+    runs.clear()
+    with torch.no_grad(): m.eval()(x)
+    assert len(runs) == n
+
+@pytest.mark.parametrize('name', ['xresnet18','resnet','densenet','vit'])
+def test_checkpoint_encoder_twice_copied_and_pickled(name):
+    plain = encs[name](); m = checkpoint_encoder(deepcopy(plain))
+    x = imgs(h=64, bs=4)
+    a = train(deepcopy(plain), 1)
+    assert_same(train(checkpoint_encoder(deepcopy(m)), 1), a)
+    plain,m = [(train(o, 1), o)[1] for o in (plain,m)]
+    for other in (deepcopy(m), pickle.loads(pickle.dumps(m))):
+        assert kept(deepcopy(other), x) == kept(deepcopy(m), x)
+        assert_same(train(other), train(deepcopy(plain)))
+    assert_same(train(m), train(plain)) # its copies have no hold on it
+
+def test_checkpoint_encoder_of_one_that_does():
+    m = checkpoint_encoder(checkpoint_encoder(enc('xresnet18'), 4), 3)
+    assert type(m) is CheckpointSequential and m.checkpoint_nchunks==3 and not any(isinstance(o, CheckpointSequential) for o in m)
+    m = checkpoint_encoder(checkpoint_encoder(enc('squeezenet1_1'), 4), 3) # one chunk of all that matters would save nothing
+    assert type(m[0]) is CheckpointSequential and m[0].checkpoint_nchunks==3 and len(m[0])==13 and type(m) is nn.Sequential
+    m = CheckpointResNet(torchvision.models.resnet18(), 3)
+    assert checkpoint_encoder(m) is m
+    m = tm('test_vit')
+    assert checkpoint_encoder(checkpoint_encoder(m)) is m
+
+@pytest.mark.parametrize('name', ['resnet','densenet'])
+def test_checkpoint_encoder_inside_others(name):
+    "As the body of a classifier whose own layers are checkpointed, and with batch norms replaced between two steps, as fastai does to train on several devices."
+    plain = nn.Sequential(encs[name](), nn.LazyLinear(3)); plain(imgs())
+    m     = deepcopy(plain); checkpoint_encoder(m[0]); m = checkpoint_encoder(m)
+    for _ in range(2):
+        assert_same(train(m), train(plain))
+        m,plain = map(nn.SyncBatchNorm.convert_sync_batchnorm, (m,plain))
+        assert all(isinstance(o, nn.SyncBatchNorm) for o in norms(m))
+
+@pytest.mark.parametrize('name', ['xresnet18','resnet','vit'])
+def test_checkpoint_encoder_ddp(name, tmp_path):
+    torch.distributed.init_process_group('gloo', store=torch.distributed.FileStore(str(tmp_path/'store'), 1), rank=0, world_size=1)
+    try:
+        plain = encs[name](); m = nn.parallel.DistributedDataParallel(checkpoint_encoder(deepcopy(plain)))
+        assert_same(train(m), train(plain))
+    finally: torch.distributed.destroy_process_group()
+
+@pytest.mark.parametrize('make,err,msg', [
+    (lambda: tm('pit_ti_224'),            ValueError, 'PoolingVisionTransformer.*not supported.*another architecture.*half precision'),
+    (lambda: tm('legacy_seresnet18'),     ValueError, 'SENet.*not supported.*another architecture'),
+    (lambda: torchvision.models.resnet18(), ValueError, 'ResNet is neither.*CheckpointSequential.*CheckpointResNet'),
+    (Noisy,                               ValueError, 'Noisy is neither'),
+    (lambda: 'resnet18',                  TypeError,  "encoder='resnet18' must be an nn.Module"),
+    (lambda: nn.Linear,                   TypeError,  'must be an nn.Module')])
+def test_checkpoint_encoder_refuses(make, err, msg):
+    with pytest.raises(err, match=msg): checkpoint_encoder(make())
+
+def test_checkpoint_encoder_wrong_chunks():
+    with pytest.raises(ValueError, match='checkpoint_nchunks=0'): checkpoint_encoder(enc('xresnet18'), 0)
