@@ -14,9 +14,9 @@ pytestmark = pytest.mark.slow
 
 n_images = 2048
 n_few,steps_per_epoch = 256,4 # in the runs that are cut short, with 64 images a step
-tiny = '--arch test_byobnet --size 28 --n-in 1 --gentle --hidden-size 256 --n-protos 30 --queue 0 --workers 0'.split()
+tiny = '--arch test_mambaout --size 28 --n-in 1 --gentle --hidden-size 256 --n-protos 30 --queue 0 --workers 0'.split()
 
-def tiny_encoder(): return create_encoder('test_byobnet', pretrained=False, n_in=1)
+def tiny_encoder(): return create_encoder('test_mambaout', pretrained=False, n_in=1)
 
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
@@ -84,21 +84,20 @@ def check_last(file, done):
     steps = max(o['step'] for o in learn.opt.state.values() if 'step' in o)
     assert steps/steps_per_epoch in (len(done), len(done)+1)
 
-# k-NN in % with seeds 0 to 4, mean ± standard deviation of a run: SwAV 68.0 ± 1.1 on one process, 68.1 ± 1.1 on two; SimCLR
-# 71.5 ± 1.5 and 71.1 ± 0.7; the untrained encoder 57.7 ± 1.9 (12 seeds). The difference of two runs then has a standard deviation
-# of at most 1.7, and 6 is more than three of them. Losses at the end: two processes are 0.05 ± 0.02 above one (without batch norm,
-# which each process computes on its own half, 0.02 ± 0.04), and SimCLR without the negatives of the other process is 0.6 below.
-# One seed in six (42) learned less with SwAV, 63.8 and 61.0: the gain that is asked for is well below the usual 10.
+# k-NN in %, mean ± standard deviation over seeds 42 to 47: SwAV 72.6 ± 0.7 on one process and 71.4 ± 0.9 on two (without the batch norm
+# in its projector, which sees half the batch there, 71.8 ± 1.1 and 72.3 ± 0.8), SimCLR 72.9 ± 1.1 and 73.5 ± 1.1; the untrained encoder
+# 65.7 ± 2.5 (12 seeds). The difference of two runs then has a standard deviation of at most 1.6, and 5 is three of them. Losses at the
+# end differ by up to 0.18; without the negatives of the other process SimCLR's would be lower by 0.6.
 @pytest.mark.parametrize('method', ['swav', 'simclr'])
 def test_two_processes_learn_what_one_does(method, images, tmp_path, start):
-    args = 'examples/pretrain.py', images, *tiny, '--method', method, '--epochs', 5, '--lr', 3e-3, '--seed', 1
+    args = 'examples/pretrain.py', images, *tiny, '--method', method, '--epochs', 5
     runs = [start(sys.executable, *args, '--bs', 64, '--out', tmp_path/'1'), start(*torchrun(2), *args, '--bs', 32, '--out', tmp_path/'2')]
     losses = [check_run(p, tmp_path/f'{i}', epochs=5)[-1] for i,p in enumerate(runs, 1)]
-    encoders = [tiny_encoder() for _ in range(4)]
+    encoders = [tiny_encoder() for _ in range(5)]
     for i in (1,2): encoders[-i].load_state_dict(torch.load(tmp_path/f'{i}'/'encoder.pth', weights_only=True))
     *untrained,two,one = accuracy(encoders)
     assert min(one, two) > np.mean(untrained)+.03
-    assert abs(one-two) < .06
+    assert abs(one-two) < .05
     assert abs(losses[0]-losses[1]) < .25
 
 def test_slurm(images, tmp_path, project, start):
@@ -129,7 +128,7 @@ def test_commands_in_the_texts(script, project):
     for o in shown: assert anno_parser(script.main).parse_args(shlex.split(o)).method in ssl_methods()
 
 def test_wrong_use(script, images, tmp_path):
-    with pytest.raises(CliError, match='byol is unknown.*simclr.*swav|byol is unknown.*swav.*simclr'): script.main(images/'few', 'byol', 'test_byobnet')
+    with pytest.raises(CliError, match='byol is unknown.*simclr.*swav|byol is unknown.*swav.*simclr'): script.main(images/'few', 'byol', 'test_mambaout')
     with pytest.raises(ValueError, match='no image'): script.main(tmp_path)
 
 # Each rank gets another --out, to see what it writes.
@@ -140,7 +139,7 @@ def test_a_rank_dies_or_hangs(how, seconds, message, images, tmp_path, start):
                    '--out', tmp_path/f'{r}', RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(2)]
     wait_until(lambda: len(rows(ranks[0].out()))>1, ranks[0])
     ranks[1].send_signal(how)
-    assert ranks[0].wait(60)>0 # seconds; without --timeout a rank waits for 30 minutes
+    assert ranks[0].wait(60)!=0 # seconds; without --timeout a rank waits for 30 minutes
     assert re.search(message, ranks[0].err()), ranks[0].err()
     check_last(tmp_path/'0'/'last.pth', rows(ranks[0].out()))
     assert not list((tmp_path/'1').iterdir()) and not ranks[1].out()
