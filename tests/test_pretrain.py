@@ -28,7 +28,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture
 def start(project, tmp_path):
-    "Start a command, its output in files; whatever it has started ends with the test, if need be by force"
+    "Start a command, its output in files; whatever is left of it at the end of the test is killed"
     tag = uuid.uuid4().hex
     def _start(*cmd, **env):
         out,err = (tmp_path/f'{uuid.uuid4().hex}.{o}' for o in ('out','err'))
@@ -100,17 +100,19 @@ def test_two_processes_learn_what_one_does(method, images, tmp_path, start):
     assert abs(one-two) < .05
     assert abs(losses[0]-losses[1]) < .25
 
-def test_slurm(images, tmp_path, project, start):
+def test_slurm(images, tmp_path, start):
     "The batch file, on two machines that are this one"
     stubs = {'scontrol':'[[ "$*" == "show hostnames a[1-2]" ]] && echo localhost && echo elsewhere',
-             'srun':'while [[ $1 == --* ]]; do shift; done; "$@" & "$@" && wait $!'}
+             'srun':'echo "$@" > $0.args; while [[ $1 == --* ]]; do shift; done; "$@" & "$@" && wait $!'}
     for nm,body in stubs.items():
         (tmp_path/nm).write_text(f'#!/bin/bash\n{body}\n')
         (tmp_path/nm).chmod(0o755)
+    port = free_port(range(20000, 30000)) # the batch file makes it of the job's number
     p = start('bash', 'examples/pretrain.sbatch', images/'few', *tiny, '--method', 'simclr', '--bs', 32, '--epochs', 2, '--out', tmp_path/'out',
               PATH=f'{tmp_path}:{Path(sys.executable).parent}:{os.environ["PATH"]}', SLURM_JOB_NODELIST='a[1-2]', SLURM_NNODES='2',
-              SLURM_JOB_ID=str(free_port(range(20000, 30000))-20000), SLURM_GPUS_ON_NODE='1', SLURM_CPUS_PER_TASK='1')
+              SLURM_JOB_ID=str(port-20000), SLURM_GPUS_ON_NODE='1', SLURM_CPUS_PER_TASK='1')
     check_run(p, tmp_path/'out', epochs=2)
+    assert f'--rdzv-endpoint localhost:{port} ' in (tmp_path/'srun.args').read_text() # torchrun has a default that would do here, but not on two machines
 
 @pytest.fixture(scope='module')
 def script(project):
@@ -132,15 +134,15 @@ def test_wrong_use(script, images, tmp_path):
     with pytest.raises(ValueError, match='no image'): script.main(tmp_path)
 
 # Each rank gets another --out, to see what it writes.
-@pytest.mark.parametrize('how,seconds,message', [(signal.SIGKILL, 600, 'Connection|closed|reset'), (signal.SIGSTOP, 10, '[Tt]imed out|[Tt]imeout')])
+@pytest.mark.parametrize('how,seconds,message', [(signal.SIGKILL, 600, 'closed|reset'), (signal.SIGSTOP, 10, 'Timed out|timed out|[Tt]imeout')])
 def test_a_rank_dies_or_hangs(how, seconds, message, images, tmp_path, start):
     env = dict(WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT=str(free_port()))
     ranks = [start(sys.executable, 'examples/pretrain.py', images/'few', *tiny, '--bs', 32, '--epochs', 1000, '--timeout', seconds,
                    '--out', tmp_path/f'{r}', RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(2)]
     wait_until(lambda: len(rows(ranks[0].out()))>1, ranks[0])
     ranks[1].send_signal(how)
-    assert ranks[0].wait(60)!=0 # seconds; without --timeout a rank waits for 30 minutes
-    assert re.search(message, ranks[0].err()), ranks[0].err()
+    assert ranks[0].wait(60)!=0 # seconds; without --timeout a rank waits for 30 minutes. After the error gloo's threads may abort it (-6)
+    assert re.search(f'Error: .*({message})', ranks[0].err()), ranks[0].err()
     check_last(tmp_path/'0'/'last.pth', rows(ranks[0].out()))
     assert not list((tmp_path/'1').iterdir()) and not ranks[1].out()
 
