@@ -41,8 +41,14 @@ notebooks: $(STAMP) ## run every notebook; none may fail or leave a file behind
 pytest: $(STAMP) ## the tests under tests/
 	$(PY) -m pytest
 
-bench: $(STAMP) ## measure time and memory against the plain forms; a few minutes, best on an idle machine
-	@for f in nt_xent checkpointing; do echo "== benchmarks/$$f.py"; $(PY) -W ignore benchmarks/$$f.py; done
+# The libraries of comparison are an extra. Parts: the files of benchmarks/ but measure.py.
+BENCH := views step loader loss checkpointing quality
+
+bench: $(BENCH:%=bench-%) ## measure everything against peers and limits, on an idle machine: about an hour; one part alone: make bench-views
+
+bench-%: $(STAMP) # writes benchmarks/results/*.md and *.json
+	@$(PY) -c 'import lightly' 2>/dev/null || $(PY) -m pip install -e '.[bench]' -c constraints.txt
+	@$(PY) -W ignore benchmarks/$*.py
 
 export: $(STAMP) ## write the modules from the notebooks
 	$(PY) $(BIN)/nbdev-export

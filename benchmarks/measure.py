@@ -1,11 +1,35 @@
-"What the benchmarks share: the highest memory of a call, and a script run again for one of its numbers in a process of its own (Linux)"
-import json, os, re, subprocess, sys
+"""What the benchmarks share: runs that take turns, the highest memory of a call, a script run again in a process of its own, and results as files.
+
+Times of one machine drift by a factor of two between minutes, so only forms that were timed in turns are compared, and ratios are those of neighbours.
+"""
+import json, os, platform, re, subprocess, sys, time
+from importlib.metadata import version
 from pathlib import Path
+from statistics import median
+
+import torch
+
+here = Path(__file__).parent
+
+def seconds(f):
+    "Wall time of one call"
+    t = time.perf_counter(); f()
+    return time.perf_counter()-t
+
+def paired(forms, rounds=7, clock=seconds):
+    "Median of `clock(f)` for each of `forms` ({name: f}), and of its ratio to the first; they take turns, each round begins with another"
+    for f in forms.values(): f()
+    names,rows = list(forms),[]
+    for i in range(rounds):
+        k,row = i%len(names),{}
+        for nm in names[k:]+names[:k]: row[nm] = clock(forms[nm])
+        rows.append(row)
+    return {nm: median(r[nm] for r in rows) for nm in names}, {nm: median(r[nm]/r[names[0]] for r in rows) for nm in names}
 
 def _status(field): return 1024*int(re.search(rf'{field}:\s+(\d+) kB', Path('/proc/self/status').read_text())[1])
 
 def peak_memory(f):
-    "Bytes of resident memory during `f()` at its highest point, above those before it"
+    "Bytes of resident memory during `f()` at its highest point, above those before it (Linux)"
     Path('/proc/self/clear_refs').write_text('5') # forget the highest point so far
     before = _status('VmRSS')
     f()
@@ -15,3 +39,25 @@ def alone(file, *args):
     "What script `file` prints, as JSON, when run with `args`; memory that is freed there goes back to the system at once (glibc)"
     return json.loads(subprocess.run([sys.executable, '-W', 'ignore', file, *map(str, args)], env={**os.environ, 'MALLOC_MMAP_THRESHOLD_':'65536'},
                                      check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+def machine(packages=()):
+    "Processor, system and versions, in a line"
+    cpu = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())
+    pkgs = ('torch','torchvision','fastai','self_supervised',*packages)
+    return f"{os.cpu_count()} × {cpu[1] if cpu else platform.machine()} ({torch.backends.cpu.get_cpu_capability()}), {platform.system()}, " \
+           f"Python {platform.python_version()}, {', '.join(f'{o} {version(o)}' for o in pkgs)}"
+
+def table(rows):
+    "Rows ({column: value}) as Markdown; floats with three digits"
+    fmt = lambda o: f'{o:.3g}' if isinstance(o, float) and abs(o)<1000 else f'{o:.0f}' if isinstance(o, float) else str(o)
+    cols = list(rows[0])
+    return '\n'.join(f"| {' | '.join(o)} |" for o in (cols, ['---']*len(cols), *([fmt(r[c]) for c in cols] for r in rows)))
+
+def save(name, intro, tables, packages=()):
+    "Print `tables` ({heading: rows}) and write them to results/`name`.md and .json"
+    cmd,mach = f'make bench-{name}',machine(packages)
+    md = '\n\n'.join([f'# {name}', f'`{cmd}` on {mach}.', intro, *(f'## {h}\n\n{table(rows)}' for h,rows in tables.items())])+'\n'
+    print(md)
+    (here/'results').mkdir(exist_ok=True)
+    (here/'results'/f'{name}.md').write_text(md)
+    (here/'results'/f'{name}.json').write_text(json.dumps(dict(command=cmd, machine=mach, tables=tables), indent=1)+'\n')
