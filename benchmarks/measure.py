@@ -1,15 +1,25 @@
-"""What the benchmarks share: runs that take turns, the highest memory of a call, a script run again in a process of its own, and results as files.
+"""What the benchmarks share: pictures, runs that take turns, the highest memory of a call or of a script with all its workers, and results as files.
 
 Times of one machine drift by a factor of two between minutes, so only forms that were timed in turns are compared, and ratios are those of neighbours.
 """
-import json, os, platform, re, subprocess, sys, time
+import ctypes, gc, json, os, platform, re, subprocess, sys, time
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 import torch
+from torch.nn import functional as F
 
 here = Path(__file__).parent
+
+def pictures(n, size):
+    "`n` random images, uint8 (n,3,size,size), about as smooth as photographs: noise of all scales, coarse scales stronger, mostly grey"
+    sides = [2**i for i in range(1, size.bit_length())]
+    def _one():
+        x = sum(F.interpolate(torch.randn(1,3,o,o), size, mode='bilinear')/o**.3 for o in sides)
+        x = x + 2*x.mean(1, keepdim=True)
+        return (x/x.std()*56+115).clamp(0, 255).byte()
+    return torch.cat([_one() for _ in range(n)])
 
 def seconds(f):
     "Wall time of one call"
@@ -30,6 +40,7 @@ def _status(field): return 1024*int(re.search(rf'{field}:\s+(\d+) kB', Path('/pr
 
 def peak_memory(f):
     "Bytes of resident memory during `f()` at its highest point, above those before it (Linux)"
+    gc.collect(); ctypes.CDLL(None).malloc_trim(0) # what was freed goes back to the system, or `f` would take it from there
     Path('/proc/self/clear_refs').write_text('5') # forget the highest point so far
     before = _status('VmRSS')
     f()
@@ -39,6 +50,32 @@ def alone(file, *args):
     "What script `file` prints, as JSON, when run with `args`; memory that is freed there goes back to the system at once (glibc)"
     return json.loads(subprocess.run([sys.executable, '-W', 'ignore', file, *map(str, args)], env={**os.environ, 'MALLOC_MMAP_THRESHOLD_':'65536'},
                                      check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+def _tree(pid):
+    "Process `pid` and all below it"
+    parents = {}
+    for f in Path('/proc').glob('[0-9]*/stat'):
+        try: parents[int(f.parent.name)] = int(f.read_text().rpartition(')')[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError): pass # ended meanwhile
+    below = lambda p: [p, *(o for c,up in parents.items() if up==p for o in below(c))]
+    return below(pid)
+
+def _memory(pid):
+    "Bytes of process `pid`: its part of the memory that it shares with its like, and its files, such as libraries"
+    try: roll,status = (Path(f'/proc/{pid}/{o}').read_text() for o in ('smaps_rollup','status'))
+    except (FileNotFoundError, ProcessLookupError): return 0,0 # ended meanwhile
+    kb = lambda field,s: sum(1024*int(o) for o in re.findall(rf'^{field}:\s+(\d+) kB', s, re.M))
+    return kb('Pss_(?:Anon|Shmem)', roll), kb('RssFile', status)
+
+def tree_memory(file, *args):
+    "Highest memory in bytes of script `file` run with `args`, and of all processes it starts; what they share counts once (Linux, sampled)"
+    p,top = subprocess.Popen([sys.executable, '-W', 'ignore', file, *map(str, args)]),0
+    while p.poll() is None:
+        own,files = zip(*map(_memory, _tree(p.pid)))
+        top = max(top, sum(own)+max(files)) # forks map the files that their parent has mapped
+        time.sleep(.02)
+    if p.returncode: raise RuntimeError(f'{file} {args} ended with {p.returncode}')
+    return top
 
 def machine(packages=()):
     "Processor, system and versions, in a line"

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['unit_float', 'crop_resize', 'color_jitter', 'gaussian_blur', 'rotate', 'rand_boxes', 'BatchTransform',
            'RandomCropResize', 'RandomFlip', 'RandomRotate', 'RandomJitter', 'RandomGray', 'RandomGaussianBlur',
-           'NormalizeView', 'get_batch_augs', 'ApplyTo', 'get_torchvision_batch_augs', 'get_kornia_batch_augs',
-           'get_fastai_batch_augs', 'get_multi_aug_pipelines', 'assert_aug_pipelines', 'show_views']
+           'NormalizeView', 'ViewPipeline', 'get_batch_augs', 'ApplyTo', 'get_torchvision_batch_augs',
+           'get_kornia_batch_augs', 'get_fastai_batch_augs', 'get_multi_aug_pipelines', 'assert_aug_pipelines',
+           'show_views']
 
 # %% ../nbs/03_augmentations.ipynb #293c0947
 import inspect, math
+from functools import partial, wraps
 
 import torch
 import torchvision.transforms.v2 as tv
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from fastcore.basics import AttrDict
 from fastcore.meta import delegates
-from fasttransform import DisplayedTransform, Pipeline
+from fasttransform import DisplayedTransform, Pipeline, compose_tfms
 from fastai.vision.augment import Brightness, Contrast, Flip, Hue, RandomResizedCropGPU, Rotate, Saturation, setup_aug_tfms
 from fastai.vision.core import TensorImage, imagenet_stats
 
@@ -27,11 +29,39 @@ from .core import assert_aug_pipelines, check_size, notice_once, show_views
 _all_ = ['assert_aug_pipelines', 'show_views']
 
 # %% ../nbs/03_augmentations.ipynb #df8aec1b
+def _full_precision(f):
+    "Autocast would multiply matrices of pixels in half precision"
+    @wraps(f)
+    def _f(x, *args):
+        with torch.autocast(x.device.type, enabled=False): return f(x, *args)
+    return _f
+
 def unit_float(
     x:Tensor, # images, uint8 or float in [0,1]
 ) -> Tensor: # float in [0,1]
     "uint8 images as floats in [0,1]; floats as they are"
     return x if x.is_floating_point() else x.float().div_(255)
+
+def _one_by_one(x): return x.device.type=='cpu' # there a loop over images costs little; elsewhere one operation works on all of them
+
+def _resize_weights(start, length, n_in, n_out):
+    "(B,n_out,n_in): how much of each pixel of a side goes into each of the result, when the part from `start` is resized; a triangle, wider when shrinking"
+    start,scale = start[:,None,None],(length/n_out)[:,None,None]
+    at  = torch.arange(n_in, device=start.device) - start + .5
+    mid = (torch.arange(n_out, device=start.device)[:,None] + .5)*scale
+    w = (1-(at-mid).abs()/scale.clamp(min=1)).clamp(min=0) * ((at>0) & (at<length[:,None,None]))
+    return w/w.sum(2, keepdim=True)
+
+@_full_precision
+def _crop_resize(x, boxes, size, flip, ids=slice(None)):
+    if _one_by_one(x):
+        crops = [F.interpolate(x[i:i+1,:,t:t+h,l:l+w], size, mode='bilinear', antialias=True)
+                 for i,(t,l,h,w) in zip(range(len(x)) if isinstance(ids, slice) else ids.tolist(), boxes.tolist())]
+        return torch.cat([o.flip(-1) if f else o for o,f in zip(crops, flip.tolist())])
+    x,(t,l,h,w) = unit_float(x),boxes.to(x.device).T
+    down,across = _resize_weights(t, h, x.shape[2], size[0]),_resize_weights(l, w, x.shape[3], size[1])
+    across = torch.where(flip[:,None,None], across.flip(1), across)
+    return down[:,None].to(x) @ (x @ across[:,None].mT.to(x))
 
 def crop_resize(
     x:Tensor, # (B,C,H,W) images, uint8 or float in [0,1]
@@ -39,12 +69,15 @@ def crop_resize(
     size:tuple, # (h,w) of the result, in pixels
 ) -> Tensor: # (B,C,h,w) float in [0,1]
     "Cut a box out of each image and resize it, bilinear and antialiased"
-    if x.is_cuda: x = unit_float(x) # only the CPU resizes uint8, and there it is the faster way
-    crops = [F.interpolate(x[i:i+1,:,t:t+h,l:l+w], size, mode='bilinear', antialias=True) for i,(t,l,h,w) in enumerate(boxes.tolist())]
-    return unit_float(torch.cat(crops))
+    return unit_float(_crop_resize(x, boxes, size, x.new_zeros(len(x), dtype=torch.bool)))
 
 # %% ../nbs/03_augmentations.ipynb #1c7f5f68
-def _beside(t, x): return t.to(x.device, non_blocking=True) # parameters follow the images without waiting for the device
+def _pick(x, mask, f, *params):
+    "`f` of the images that `mask` picks, and the others as they are; may write into `x`"
+    if not _one_by_one(x): return torch.where(mask[:,None,None,None], f(x, *params), x) # to read the mask would stall a GPU
+    ids = mask.nonzero().flatten()
+    if len(ids)==len(x): return f(x, *params)
+    return x.index_copy_(0, ids, f(x[ids], *(o[ids] for o in params))) if len(ids) else x
 
 def _gray(x):
     if x.shape[1]!=3: return x.mean(1, keepdim=True)
@@ -66,23 +99,51 @@ _jitter_ops = [lambda x,f: (x*f).clamp(0, 1),
                lambda x,f: _blend(x, _gray(x), f),
                _shift_hue]
 
+def _jitter_weights(factors, order, c):
+    "(B,c,2c): how much of each channel goes into each, for a pixel's difference from the mean of its image and, beside it, for that mean"
+    eye  = torch.eye(c, device=factors.device, dtype=factors.dtype)
+    gray = _gray(eye[None]).expand(1,c,c)
+    blend = lambda f: f*eye + (1-f)*gray
+    b,k,s,turn = factors[:,:,None,None].unbind(1)
+    if c==3:
+        a = 2*math.pi*turn
+        sat,hue = blend(s),a.cos()*eye + (1-a.cos())/3 + a.sin()/3**.5*(eye.roll(1,0)-eye.roll(-1,0)) # turns around the gray axis
+    else: sat = hue = eye.expand(len(factors),c,c)
+    ops = torch.stack([torch.stack([b*eye, contrast, sat, hue]) for contrast in (k*eye, blend(k))])
+    res,ids = eye,torch.arange(len(factors), device=factors.device)
+    for step in order.T: res = ops[:,step,ids] @ res
+    return torch.cat([*res], 2)
+
+@_full_precision
+def _mix_colors(x, weights, shift=0., mean=None):
+    "Weights as above, applied to every pixel; `mean` (B,c,1) if it is not that of `x`"
+    rest,of_mean = weights.chunk(2, 2)
+    if mean is None: mean = x.mean((2,3))[...,None]
+    return torch.baddbmm((of_mean-rest)@mean + shift, rest, x.flatten(2)).view_as(x)
+
 def color_jitter(
     x:Tensor, # (B,C,H,W) float in [0,1]
     factors:Tensor, # (B,4): brightness, contrast, saturation (1 changes nothing), hue (turns, 0 changes nothing)
     order:Tensor=None, # (B,4) order of these operations in each image; None for the order above
+    exact_hue:bool=True, # as torchvision, step by step; False: all steps as one matrix, see below
 ) -> Tensor: # (B,C,H,W) float in [0,1]
     "Change the colours of each image; saturation and hue only where there are three channels"
-    x,n_ops,factors = x.clone(), 4 if x.shape[1]==3 else 2, _beside(factors.to(x.dtype), x)
-    if order is None: order = torch.arange(4).expand(len(x), 4)
+    factors = factors.to(x)
+    order = torch.arange(4, device=x.device).expand(len(x), 4) if order is None else order.to(x.device)
+    if not exact_hue: return _mix_colors(x, _jitter_weights(factors, order, x.shape[1])).clamp_(0, 1)
+    x,n_ops = x.clone(),4 if x.shape[1]==3 else 2
     for step in order.T:
-        for k in range(n_ops):
-            ids = (step==k).nonzero().flatten()
-            if not len(ids): continue
-            ids = _beside(ids, x)
-            x[ids] = _jitter_ops[k](x[ids], factors[ids,k][:,None,None,None])
+        for k in range(n_ops): x = _pick(x, step==k, _jitter_ops[k], factors[:,k][:,None,None,None])
     return x
 
 # %% ../nbs/03_augmentations.ipynb #465c5787
+def _gaussian(sigma, r):
+    "(B,2r+1)"
+    k = torch.exp(-.5*(torch.arange(-r, r+1, device=sigma.device)/sigma[:,None])**2)
+    k = F.threshold(k, 1e-9, 0.) # denormal numbers make a CPU three times slower
+    return k/k.sum(1, keepdim=True)
+
+@_full_precision
 def gaussian_blur(
     x:Tensor, # (B,C,H,W) float
     sigma:Tensor, # (B,) standard deviation in pixels
@@ -90,12 +151,10 @@ def gaussian_blur(
 ) -> Tensor: # (B,C,H,W) float
     "Blur each image with its own Gaussian, mirrored at the edges"
     B,C,H,W = x.shape
-    sigma = _beside(sigma.to(x.dtype), x)[:,None]
-    x = x.reshape(1, B*C, H, W)
+    x,sigma = x.reshape(1, B*C, H, W),sigma.to(x)
     for n,dim in ((H,(-1,1)), (W,(1,-1))):
         r = min(kernel_size//2, n-1)
-        k = torch.exp(-.5*(torch.arange(-r, r+1, device=x.device)/sigma)**2)
-        k = (k/k.sum(1, keepdim=True)).to(x.dtype).repeat_interleave(C, 0).reshape(B*C, 1, *dim)
+        k = _gaussian(sigma, r).repeat_interleave(C, 0).reshape(B*C, 1, *dim)
         x = F.conv2d(F.pad(x, (0,0,r,r) if dim==(-1,1) else (r,r,0,0), mode='reflect'), k, groups=B*C)
     return x.reshape(B, C, H, W)
 
@@ -104,14 +163,12 @@ def rotate(
     degrees:Tensor, # (B,) angles, counter-clockwise
 ) -> Tensor: # (B,C,H,W) float
     "Turn each image about its centre, mirrored at the edges"
-    (H,W),a = x.shape[2:],_beside(torch.deg2rad(degrees).to(x.dtype), x)
+    (H,W),a = x.shape[2:],torch.deg2rad(degrees).to(x)
     zero = torch.zeros_like(a)
     theta = torch.stack([a.cos(), -a.sin()*H/W, zero, a.sin()*W/H, a.cos(), zero], 1).view(-1,2,3)
     return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), padding_mode='reflection', align_corners=False)
 
 # %% ../nbs/03_augmentations.ipynb #4f262dea
-def _draw(n, lo, hi, same): return torch.empty(1 if same else n).uniform_(lo, hi).expand(n)
-
 def rand_boxes(
     n:int, # boxes
     height:int, # of the images, in pixels
@@ -119,20 +176,19 @@ def rand_boxes(
     scale:tuple=(0.08,1.), # area of the box as a part of the image's, from and to (torchvision's default)
     ratio:tuple=(3/4,4/3), # width/height of the box, from and to (torchvision's default)
     same:bool=False, # one box for all
+    device:torch.device=None, # to draw on
 ) -> Tensor: # (n,4) whole numbers: top, left, height, width
     "Boxes with the distribution of torchvision's `RandomResizedCrop`"
-    m = 1 if same else n
-    area = height*width*torch.empty(m,10).uniform_(*scale)
-    r = torch.empty(m,10).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp()
+    m,rand = 1 if same else n,partial(torch.empty, device=device)
+    area = height*width*rand(m,10).uniform_(*scale)
+    r = rand(m,10).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp()
     w,h = (area*r).sqrt().round().long(),(area/r).sqrt().round().long()
     fits = (w>0) & (w<=width) & (h>0) & (h<=height)
-    i = fits.int().argmax(1, keepdim=True) # the first that fits
-    w,h = w.gather(1,i)[:,0],h.gather(1,i)[:,0]
+    i,none = fits.int().argmax(1, keepdim=True),~fits.any(1) # the first that fits
     whole = min(max(width/height, ratio[0]), ratio[1])
-    none = ~fits.any(1)
-    w[none],h[none] = min(width, round(height*whole)),min(height, round(width/whole))
-    top,left = ((torch.rand(m)*(full-part+1)).long() for full,part in ((height,h),(width,w)))
-    top[none],left[none] = (height-h[none])//2,(width-w[none])//2
+    w = w.gather(1,i)[:,0].masked_fill(none, min(width, round(height*whole)))
+    h = h.gather(1,i)[:,0].masked_fill(none, min(height, round(width/whole)))
+    top,left = (torch.where(none, (full-part)//2, (rand(m).uniform_()*(full-part+1)).long()) for full,part in ((height,h),(width,w)))
     return torch.stack([top,left,h,w], 1).expand(n, 4)
 
 # %% ../nbs/03_augmentations.ipynb #f7805d11
@@ -147,23 +203,35 @@ class BatchTransform(DisplayedTransform):
         self.p,self.same_on_batch = p,same_on_batch
 
     def encodes(self, x:Tensor):
-        ids = (_draw(len(x), 0, 1, self.same_on_batch) < self.p).nonzero().flatten()
-        if not len(ids): return unit_float(x)
-        if len(ids)==len(x): return self.apply(unit_float(x))
-        x,ids = unit_float(x).clone(),_beside(ids, x)
-        x[ids] = self.apply(x[ids])
-        return x
+        mask,params = self.mask(len(x), x.device),self.params(x.shape, x.device)
+        return _pick(unit_float(x).clone(), mask, self.apply, *params)
+
+    def mask(self,
+        n:int, # images
+        device:torch.device=None, # to draw on
+    ) -> Tensor: # (n,) bool
+        "Which images chance picks"
+        return self.draw(n, 0, 1, device) < self.p
+
+    def params(self,
+        shape:tuple, # of the images, (n,C,H,W)
+        device:torch.device=None, # to draw on
+    ) -> tuple: # of tensors (n,…), which `apply` will get
+        "Random parameters, one for every image"
+        return ()
 
     def draw(self,
         n:int, # images
         lo:float, # from
         hi:float, # to
+        device:torch.device=None, # to draw on
     ) -> Tensor: # (n,), all different, or all equal with `same_on_batch`
         "Uniform numbers, one per image"
-        return _draw(n, lo, hi, self.same_on_batch)
+        return torch.empty(1 if self.same_on_batch else n, device=device).uniform_(lo, hi).expand(n)
 
     def apply(self,
         x:Tensor, # (n,C,H,W) float in [0,1], the images that were picked
+        *params, # their random parameters
     ) -> Tensor: # of the same shape
         "What a subclass does to images"
         raise TypeError(f'{type(self).__name__} does nothing yet: write its `apply(self, x)`')
@@ -182,8 +250,15 @@ class RandomCropResize(DisplayedTransform):
         if not 0<ratio[0]<=ratio[1]: raise ValueError(f'ratio={ratio} must be (smallest, largest) width/height, as in (3/4, 4/3)')
         self.size,self.scale,self.ratio,self.same_on_batch = check_size(size),tuple(scale),tuple(ratio),same_on_batch
 
-    def encodes(self, x:Tensor):
-        return crop_resize(x, rand_boxes(len(x), *x.shape[-2:], self.scale, self.ratio, self.same_on_batch), self.size)
+    def params(self,
+        shape:tuple, # of the images, (n,C,H,W)
+        device:torch.device=None, # to draw on
+    ) -> Tensor: # (n,4), see `rand_boxes`
+        "A box for each image"
+        n,_,h,w = shape
+        return rand_boxes(n, h, w, self.scale, self.ratio, self.same_on_batch, device)
+
+    def encodes(self, x:Tensor): return crop_resize(x, self.params(x.shape, x.device), self.size)
 
 class RandomFlip(BatchTransform):
     "Mirror left and right"
@@ -199,31 +274,35 @@ class RandomRotate(BatchTransform):
         if max_deg<0: raise ValueError(f'rotate_deg={max_deg} must not be negative: images turn by up to as much either way')
         self.max_deg = max_deg
 
-    def apply(self, x): return rotate(x, self.draw(len(x), -self.max_deg, self.max_deg))
+    def params(self, shape, device=None): return self.draw(shape[0], -self.max_deg, self.max_deg, device),
+    def apply(self, x, degrees): return rotate(x, degrees)
 
-def _needs_rgb(x):
-    if x.shape[1]!=3: notice_once(f'images with {x.shape[1]} channel(s): the colour operations that need RGB are left out')
-    return x.shape[1]==3
+def _needs_rgb(shape):
+    if shape[1]!=3: notice_once(f'images with {shape[1]} channel(s): the colour operations that need RGB are left out')
+    return shape[1]==3
 
 class RandomJitter(BatchTransform):
     "Change brightness, contrast, saturation and hue in a random order, as torchvision's `ColorJitter` does"
     def __init__(self,
         s:float=1., # strength: brightness, contrast and saturation change by up to 0.8·s, hue by 0.2·s turns (SimCLR, appendix A)
+        exact_hue:bool=False, # hue and clamping as torchvision's; see `color_jitter`
         **kwargs, # `p` and `same_on_batch`
     ):
         super().__init__(**kwargs)
         if not 0<=s<=2.5: raise ValueError(f'jitter_s={s} must be between 0 and 2.5, where hue already takes every value')
-        self.s = s
+        self.s,self.exact_hue = s,exact_hue
 
-    def apply(self, x):
-        _needs_rgb(x)
-        n,a = len(x),.8*self.s
-        factors = torch.stack([*(self.draw(n, max(0,1-a), 1+a) for _ in range(3)), self.draw(n, -.2*self.s, .2*self.s)], 1)
-        return color_jitter(x, factors, torch.rand(1 if self.same_on_batch else n, 4).argsort(1).expand(n, 4))
+    def params(self, shape, device=None):
+        _needs_rgb(shape)
+        n,a = shape[0],.8*self.s
+        factors = torch.stack([*(self.draw(n, max(0,1-a), 1+a, device) for _ in range(3)), self.draw(n, -.2*self.s, .2*self.s, device)], 1)
+        return factors, torch.rand(1 if self.same_on_batch else n, 4, device=device).argsort(1).expand(n, 4)
+
+    def apply(self, x, factors, order): return color_jitter(x, factors, order, self.exact_hue)
 
 class RandomGray(BatchTransform):
     "Take the colour away, and keep three channels"
-    def apply(self, x): return _gray(x).expand_as(x) if _needs_rgb(x) else x
+    def apply(self, x): return _gray(x).expand_as(x) if _needs_rgb(x.shape) else x
 
 class RandomGaussianBlur(BatchTransform):
     "Blur each image with its own sigma"
@@ -239,7 +318,8 @@ class RandomGaussianBlur(BatchTransform):
         self.kernel_size = kernel_size or 2*math.ceil(3*self.s[1])+1
         if self.kernel_size%2==0: raise ValueError(f'kernel_size={kernel_size} must be odd')
 
-    def apply(self, x): return gaussian_blur(x, self.draw(len(x), *self.s), self.kernel_size)
+    def params(self, shape, device=None): return self.draw(shape[0], *self.s, device),
+    def apply(self, x, sigma): return gaussian_blur(x, sigma, self.kernel_size)
 
 # %% ../nbs/03_augmentations.ipynb #6454a4fd
 class NormalizeView(DisplayedTransform):
@@ -254,6 +334,7 @@ class NormalizeView(DisplayedTransform):
         self.mean,self.std = (torch.as_tensor(o, dtype=torch.float).reshape(-1,1,1) for o in (mean,std))
         if len(self.mean)!=len(self.std) or (self.std<=0).any():
             raise ValueError(f'stats with {len(self.mean)} mean(s) and {len(self.std)} std(s): pass as many of both, and only positive stds')
+        self.bounds = torch.cat([-self.mean, 1-self.mean], 2).div(self.std).flatten(1).tolist() # black and white of each channel, normalised
         if cuda: self.mean,self.std = self.mean.cuda(),self.std.cuda()
 
     def _to(self, x):
@@ -270,6 +351,104 @@ class NormalizeView(DisplayedTransform):
         mean,std = self._to(x)
         return x*std+mean
 
+# %% ../nbs/03_augmentations.ipynb #300f1cb5
+def _mirror(x, r, dim):
+    n = x.shape[dim]
+    return torch.cat([x.narrow(dim, 1, r).flip(dim), x, x.narrow(dim, n-1-r, r).flip(dim)], dim)
+
+def _band(sigma, r, n=16):
+    "(B,n,n+2r): the Gaussian in each row, from row to row one column further to the right"
+    res = sigma.new_zeros(len(sigma), n, n+2*r)
+    res.as_strided((len(sigma), n, 2*r+1), (res.stride(0), n+2*r+1, 1)).copy_(_gaussian(sigma, r)[:,None])
+    return res
+
+@_full_precision
+def _blur_mix(x, weights, sigma, a, b):
+    "x (B,h+2a,w+2b,c), mirrored at the edges → (B,h,w·c), blurred, and channels mixed with `weights` (B,c,c)"
+    B,h,w,c = x.shape
+    down,across = _band(sigma, a),torch.einsum('bqp,bji->bpiqj', _band(sigma, b), weights).flatten(3).flatten(1, 2)
+    x,(k,n) = x.flatten(2),across.shape[1:]
+    x = torch.cat([down[:,:h-2*a-i,:h-i].bmm(x[:,i:i+16+2*a]) for i in range(0, h-2*a, 16)], 1)
+    return torch.cat([x[:,:,i:i+k].bmm(across[:,:w*c-i,:(w-2*b)*c-i]) for i in range(0, (w-2*b)*c, n)], 2)
+
+@_full_precision
+def _mix(x, weights):
+    "x (B,h,w,c) → (B,h,w·c), channels mixed with `weights` (B,c,c)"
+    B,h,w,c = x.shape
+    n = math.gcd(h*w, 4) # pixels in a row, as three numbers alone are too few for a product to be fast
+    weights = torch.einsum('pq,bji->bpiqj', torch.eye(n), weights).flatten(3).flatten(1, 2)
+    return x.reshape(B,-1,n*c).bmm(weights).view(B,h,w*c)
+
+# %% ../nbs/03_augmentations.ipynb #ccda2519
+_n_pixels = 2**18 # of views that a CPU works on at a time
+
+def _render(x, n_views, crop, flip=None, rotate=None, jitter=None, gray=None, blur=None, norm=None):
+    "`n_views` views of each image, as these transforms would make them one after the other"
+    c,(h,w),device,each = x.shape[1],crop.size,x.device,_one_by_one(x)
+    n = n_views*len(x)
+    boxes = crop.params((n,*x.shape[1:]), device)
+    picks = {o: (o.mask(n, device), *o.params((n,*x.shape[1:]), device)) for o in (flip, rotate, jitter, gray, blur) if o}
+    def mask(o): return picks[o][0] if o else torch.zeros(n, dtype=torch.bool, device=device)
+    def some(o, v, ids=slice(None)): return _pick(v, picks[o][0][ids], o.apply, *(p[ids] for p in picks[o][1:])) if o else v
+
+    # colour: weights of a pixel and of the mean of its image, and what is added
+    mix,shift,bounds = torch.eye(c, device=device).repeat(1, 2).expand(n,c,2*c),0.,[(0.,1.)]*c
+    if jitter: mix = torch.where(mask(jitter)[:,None,None], _jitter_weights(*picks[jitter][1:], c), mix)
+    if gray and _needs_rgb(x.shape): mix = torch.where(mask(gray)[:,None,None], _gray(mix).expand_as(mix), mix)
+    if norm:
+        mean,std = (o.flatten(1) for o in norm._to(x))
+        mix,shift,bounds = mix/std,-mean/std,norm.bounds
+    if not each:
+        v = some(rotate, _crop_resize(x.repeat(n_views,1,1,1), boxes, (h,w), mask(flip)).float())
+        v = _mix_colors(some(blur, v), mix, shift, v.mean((2,3))[...,None])
+        for o,(lo,hi) in zip(v.unbind(1), bounds if jitter else ()): o.clamp_(lo, hi)
+        return v.contiguous(memory_format=torch.channels_last).chunk(n_views)
+
+    of_pixel,of_mean = (mix if x.is_floating_point() else mix/255).chunk(2, 2)
+    lo,hi = (torch.tensor(o).repeat(w) for o in zip(*bounds))
+    views = [torch.empty(len(x),h,w*c) for _ in range(n_views)] # pixel by pixel, which is what channels-last means
+    out = [o for v in views for o in v]
+    for blurred in (False, True): # those to blur side by side, by width
+        ids = (mask(blur)==blurred).nonzero().flatten()
+        if blurred: ids = ids[picks[blur][1][ids].argsort()] if blur else ids
+        for ids in ids.split(max(1, _n_pixels//(h*w))):
+            if not len(ids): continue
+            v = _crop_resize(x, boxes[ids], (h,w), mask(flip)[ids], ids%len(x))
+            v = (some(rotate, v.float(), ids) if rotate else v).permute(0,2,3,1).contiguous()
+            if blurred:
+                sigma = picks[blur][1][ids]
+                a,b = (min(blur.kernel_size//2, math.ceil(3*sigma[-1]), o-1) for o in (h,w))
+                v = _mirror(_mirror(v, a, 1), b, 2).float()
+                mean,v = v[:,a:a+h,b:b+w].flatten(2).sum(1),_blur_mix(v, of_pixel[ids], sigma, a, b)
+            else:
+                v = v.float()
+                mean,v = v.flatten(2).sum(1),_mix(v, of_pixel[ids])
+            mean = mean.view(-1,w,c).sum(1)[...,None]/(h*w)
+            move = ((of_mean-of_pixel)[ids]@mean + shift).mT.repeat(1,1,w)
+            for i,o,m in zip(ids.tolist(), v, move):
+                torch.add(o, m, out=out[i])
+                if jitter: torch.clamp(out[i], lo, hi, out=out[i])
+    return [o.view(-1,h,w,c).permute(0,3,1,2) for o in views]
+
+_fused = dict(crop=RandomCropResize, flip=RandomFlip, rotate=RandomRotate, jitter=RandomJitter, gray=RandomGray, blur=RandomGaussianBlur, norm=NormalizeView)
+
+class ViewPipeline(Pipeline):
+    "A `Pipeline` that computes crop, flip, rotation, jitter, grayscale, blur and normalisation together, as far as they come in this order"
+    def __call__(self, x:Tensor): return self.views(x, 1)[0]
+
+    def views(self,
+        x:Tensor, # (B,C,H,W) images
+        n:int, # views of each
+    ) -> list: # n tensors (B,C,h,w)
+        "Several views at once, which is faster for small ones"
+        steps,rest = {},list(self.fs)
+        for nm,t in _fused.items():
+            if rest and type(rest[0]) is t and not getattr(rest[0], 'exact_hue', False): steps[nm] = rest.pop(0)
+        if 'crop' not in steps: return [Pipeline.__call__(self, x) for _ in range(n)]
+        x,times = x.as_subclass(Tensor),1 if any(getattr(o, 'same_on_batch', False) for o in steps.values()) else n
+        views = [v for _ in range(n//times) for v in _render(x, times, **steps)]
+        return [compose_tfms(o, tfms=rest, split_idx=self.split_idx) for o in views]
+
 # %% ../nbs/03_augmentations.ipynb #934d0a29
 def _xtra(f):
     "`f` as a step on plain tensors, which fastai's transforms, going by type, would leave as they are"
@@ -281,7 +460,7 @@ def _xtra(f):
 
 def _pipeline(tfms, stats, cuda, xtra_tfms):
     if stats is not None: tfms.append(NormalizeView(*stats, cuda=cuda))
-    return Pipeline([*tfms, *map(_xtra, xtra_tfms)], split_idx=0)
+    return ViewPipeline([*tfms, *map(_xtra, xtra_tfms)], split_idx=0)
 
 def get_batch_augs(
     size:int|tuple, # of the view: pixels of the side, or (h,w)
@@ -303,12 +482,13 @@ def get_batch_augs(
     stats:tuple=imagenet_stats, # (means, stds) to normalise with; None leaves [0,1]
     cuda:bool=False, # keep `stats` on the GPU from the start
     xtra_tfms:list=(), # more transforms, before normalisation unless their `order` is over 99
+    exact_hue:bool=False, # hue and clamping as torchvision's, and slower; False: all colour operations as one matrix
 ) -> Pipeline: # images (B,C,H,W), uint8 or float in [0,1] → view (B,C,h,w)
     "The default view pipeline: this library's own batched transforms"
     kw = dict(same_on_batch=same_on_batch)
     tfms = [RandomCropResize(size, resize_scale, resize_ratio, **kw), RandomFlip(flip_p, **kw)]
     if rotate: tfms.append(RandomRotate(rotate_deg, p=rotate_p, **kw))
-    if jitter: tfms.append(RandomJitter(jitter_s, p=jitter_p, **kw))
+    if jitter: tfms.append(RandomJitter(jitter_s, exact_hue, p=jitter_p, **kw))
     if bw:     tfms.append(RandomGray(bw_p, **kw))
     if blur:   tfms.append(RandomGaussianBlur(blur_p, blur_s, **kw))
     return _pipeline(tfms, stats, cuda, xtra_tfms)
@@ -326,7 +506,7 @@ class ApplyTo(DisplayedTransform):
 
     def encodes(self, x:Tensor):
         x = unit_float(x)
-        if self.needs_rgb and not _needs_rgb(x): return x
+        if self.needs_rgb and not _needs_rgb(x.shape): return x
         if isinstance(self.f, Pipeline): # fastai's transforms want a batch, and go by type
             res = [self.f(TensorImage(o)) for o in (x.split(1) if self.per_image else [x])]
             return torch.cat(res).as_subclass(Tensor)
@@ -402,5 +582,6 @@ def get_multi_aug_pipelines(
     size:int|tuple, # of each view: pixels of the side, or (h,w)
     **kwargs # as in `get_batch_augs`
 ) -> list: # n view pipelines
-    "`n` pipelines of the same kind"
-    return [get_batch_augs(size, **kwargs) for _ in range(n)]
+    "`n` pipelines of the same kind; they share their steps, by which `make_views` knows them"
+    first = get_batch_augs(size, **kwargs)
+    return [ViewPipeline(first.fs, split_idx=0) for _ in range(n)]

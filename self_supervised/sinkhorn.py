@@ -6,34 +6,46 @@
 __all__ = ['sinkhorn_knopp']
 
 # %% ../nbs/06_sinkhorn.ipynb #e90b18e6
+from functools import reduce
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from .dist import all_reduce, world_size
+from .dist import all_reduce
 
 # %% ../nbs/06_sinkhorn.ipynb #b4459bc8
-def _logsumexp_samples(m):
-    "`logsumexp` over the samples of all ranks"
-    if world_size()==1: return m.logsumexp(0)
-    top = all_reduce(m.amax(0), 'max')
-    return top + all_reduce((m-top).exp().sum(0)).log()
+def _logsumexp_samples(
+    blocks, # (b,K) each
+):
+    "`logsumexp` over the samples of all blocks and ranks"
+    res = reduce(torch.logaddexp, (o.logsumexp(0) for o in blocks))
+    top = all_reduce(res, 'max')
+    return top + all_reduce((res-top).exp()).log()
 
 @torch.no_grad()
 def sinkhorn_knopp(
-    scores:Tensor, # (B,K) similarity of each sample to each prototype, any float type, any finite values
+    scores:Tensor, # (B,K) similarity of each sample to each prototype, any float type; any values that are finite after division by `eps`
     eps:float=0.05, # weight of the entropy: smaller is harder (paper, section 4)
     n_iters:int=3, # rounds of normalisation (paper, section 4)
     hard:bool=False, # round the codes to one prototype a sample
+    queue:Tensor=None, # (n,K) scores of more samples, which take part in the assignment and get no codes
 ) -> Tensor: # (B,K) codes, each row sums to 1; float32, or float64 for float64 scores
-    "Assign samples to prototypes with equal mass on every prototype; B counts the samples of all ranks"
+    "Assign samples to prototypes with equal mass on every prototype, over the samples and queues of all ranks"
     if eps<=0: raise ValueError(f'eps={eps} must be positive: 0.05 is usual, and 0.03 if training collapses')
     if scores.ndim!=2: raise ValueError(f'scores have shape {tuple(scores.shape)}, they must be (samples, prototypes)')
+    if queue is not None and queue.shape[1:]!=scores.shape[1:]: raise ValueError(
+        f'queue has shape {tuple(queue.shape)}, it must be (samples, {scores.shape[1]}), with as many prototypes as scores')
+    rows  = max(1, (2**19 if scores.is_cpu else 2**24)//scores.shape[1]) # a block stays in the cache of a CPU; a GPU wants few and large ones
+    batch = scores.split(rows)
+    every = batch if queue is None else batch+queue.split(rows)
+    u     = scores.new_zeros(scores.shape[1], dtype=torch.promote_types(scores.dtype, torch.float32))
+    def logits(block): return torch.add(u, block, alpha=1/eps)
     with torch.autocast(scores.device.type, enabled=False):
-        m = scores.to(torch.promote_types(scores.dtype, torch.float32)) / eps
-        v,u = m.new_zeros(len(m), 1), m.new_zeros(1)
         for i in range(n_iters):
-            u = -_logsumexp_samples(m+v)
-            if i<n_iters-1: v = -(m+u).logsumexp(1, keepdim=True)
-        q = F.softmax(m+u, dim=1)
-    return F.one_hot(q.argmax(1), q.shape[1]).to(q) if hard else q
+            if i==0: u = -_logsumexp_samples(map(logits, every))
+            else:    u = u - all_reduce(sum(logits(o).softmax(1).sum(0) for o in every)).log()
+        res = u.new_empty(scores.shape)
+        for o,q in zip(batch, res.split(rows)): torch.softmax(logits(o), 1, out=q)
+    if not hard: return res
+    best = res.argmax(1, keepdim=True)
+    return res.zero_().scatter_(1, best, 1)

@@ -185,13 +185,14 @@ def drawn(monkeypatch):
     def _rotate(x, degrees):
         seen['degrees'].append(degrees)
         return x+1000
-    def _jitter(x, factors, order):
+    def _jitter(x, factors, order, exact_hue):
         seen['factors'].append(factors); seen['order'].append(order)
         return x+10
     def _blur(x, sigma, kernel_size):
         seen['sigma'].append(sigma)
         return x+100
     for k,f in dict(crop_resize=_crop, rotate=_rotate, color_jitter=_jitter, gaussian_blur=_blur).items(): monkeypatch.setattr(A, k, f)
+    monkeypatch.setattr(ViewPipeline, '__call__', Pipeline.__call__) # step by step; that all at once is the same has tests of its own
     return seen
 
 def draw(n=n_draws, shape=(8,8), **kwargs): return get_batch_augs(4, stats=None, **kwargs)(torch.zeros(1,3,*shape).expand(n,3,*shape))
@@ -311,7 +312,7 @@ def test_views_look_like_those_of(other, size, shape):
 builders  = [get_batch_augs, get_torchvision_batch_augs, get_kornia_batch_augs, get_fastai_batch_augs]
 every     = pytest.mark.parametrize('f', builders, ids=lambda f: f.__name__)
 arguments = ('size rotate jitter bw blur resize_scale resize_ratio rotate_deg jitter_s blur_s same_on_batch '
-             'flip_p rotate_p jitter_p bw_p blur_p stats cuda xtra_tfms').split()
+             'flip_p rotate_p jitter_p bw_p blur_p stats cuda xtra_tfms exact_hue').split()
 full      = dict(rotate=True, rotate_p=.5, jitter_p=.5, bw_p=.5, flip_p=.5, blur_p=.5, blur_s=(.1,1.))
 rgb       = ([.4,.5,.6], [.2,.3,.25])
 

@@ -82,6 +82,28 @@ def create_swav_model(
     return SwAVModel(encoder, projector, nn.Linear(projection_size, n_protos, bias=False))
 
 # %% ../../nbs/10_vision.swav.ipynb #6036493d
+def _targets(codes, ids, n_views):
+    "For one view after the other the codes that it has to predict: all but its own"
+    total = codes.sum(0)
+    for v in range(n_views): yield sum((-q for q,a in zip(codes, ids) if a==v), total)
+
+class _SwappedCE(torch.autograd.Function):
+    "Sum of cross-entropies, a view at a time; backward makes the predictions once more"
+    @staticmethod
+    def forward(ctx, scores, codes, ids, temp):
+        ctx.save_for_backward(scores, codes)
+        ctx.ids,ctx.temp = ids,temp
+        return sum(F.cross_entropy(s.to(t.dtype)/temp, t, reduction='sum') for s,t in zip(scores, _targets(codes, ids, len(scores))))
+
+    @staticmethod
+    def backward(ctx, grad):
+        scores,codes = ctx.saved_tensors
+        res = torch.empty_like(scores)
+        for s,t,g in zip(scores, _targets(codes, ctx.ids, len(scores)), res):
+            p = F.softmax(s.to(t.dtype)/ctx.temp, dim=1)
+            torch.mul(p.mul_(t.sum(1, keepdim=True)).sub_(t), grad/ctx.temp, out=g)
+        return res,None,None,None
+
 def swav_loss(
     scores:Tensor, # (V,B,K) scores of all views, not divided by the temperature
     codes:Tensor, # (A,B,K) codes of the assigning views; no gradient flows into them
@@ -89,9 +111,9 @@ def swav_loss(
     temp:float=0.1, # temperature τ (paper, section 4)
 ) -> Tensor: # scalar
     "Swapped prediction: cross-entropy of each assigning view's codes with the predictions of all other views"
-    logp,codes = F.log_softmax(scores/temp, dim=2),codes.detach()
-    others = logp.sum(0) - logp[list(crop_assgn_ids)]
-    return -(codes*others).sum(2).mean()/(len(scores)-1)
+    (V,B,_),ids = scores.shape,[int(i)%len(scores) for i in crop_assgn_ids]
+    codes = codes.detach().to(torch.promote_types(scores.dtype, codes.dtype))
+    return _SwappedCE.apply(scores, codes, ids, temp)/(len(ids)*(V-1)*B)
 
 # %% ../../nbs/10_vision.swav.ipynb #b906b8db
 class SWAV(SSLCallback):
@@ -148,9 +170,8 @@ def codes(self:SWAV,
     q,res = self.ssl_model.queue,[]
     use_queue = q.full and getattr(self.learn, 'pct_train', 1.) >= self.queue_start_pct
     for i,a in enumerate(self.crop_assgn_ids):
-        s = scores[a]
-        if use_queue: s = torch.cat([s, F.linear(q.local[i], self.ssl_model.prototypes.weight)])
-        res.append(sinkhorn_knopp(s, self.eps, self.n_sinkh_iter, self.hard_codes)[:scores.shape[1]])
+        past = F.linear(q.local[i], self.ssl_model.prototypes.weight) if use_queue else None
+        res.append(sinkhorn_knopp(scores[a], self.eps, self.n_sinkh_iter, self.hard_codes, queue=past))
     if q.length and self.training: q.push(z[self.crop_assgn_ids], self.even)
     return torch.stack(res)
 
