@@ -32,8 +32,8 @@ _all_ = ['assert_aug_pipelines', 'show_views']
 def _full_precision(f):
     "Autocast would multiply matrices of pixels in half precision"
     @wraps(f)
-    def _f(x, *args):
-        with torch.autocast(x.device.type, enabled=False): return f(x, *args)
+    def _f(x, *args, **kwargs):
+        with torch.autocast(x.device.type, enabled=False): return f(x, *args, **kwargs)
     return _f
 
 def unit_float(
@@ -114,13 +114,13 @@ def _jitter_weights(factors, order, c):
     for step in order.T: res = ops[:,step,ids] @ res
     return torch.cat([*res], 2)
 
-@_full_precision
 def _mix_colors(x, weights, shift=0., mean=None):
     "Weights as above, applied to every pixel; `mean` (B,c,1) if it is not that of `x`"
     rest,of_mean = weights.chunk(2, 2)
     if mean is None: mean = x.mean((2,3))[...,None]
     return torch.baddbmm((of_mean-rest)@mean + shift, rest, x.flatten(2)).view_as(x)
 
+@_full_precision
 def color_jitter(
     x:Tensor, # (B,C,H,W) float in [0,1]
     factors:Tensor, # (B,4): brightness, contrast, saturation (1 changes nothing), hue (turns, 0 changes nothing)
@@ -362,7 +362,6 @@ def _band(sigma, r, n=16):
     res.as_strided((len(sigma), n, 2*r+1), (res.stride(0), n+2*r+1, 1)).copy_(_gaussian(sigma, r)[:,None])
     return res
 
-@_full_precision
 def _blur_mix(x, weights, sigma, a, b):
     "x (B,h+2a,w+2b,c), mirrored at the edges → (B,h,w·c), blurred, and channels mixed with `weights` (B,c,c)"
     B,h,w,c = x.shape
@@ -371,7 +370,6 @@ def _blur_mix(x, weights, sigma, a, b):
     x = torch.cat([down[:,:h-2*a-i,:h-i].bmm(x[:,i:i+16+2*a]) for i in range(0, h-2*a, 16)], 1)
     return torch.cat([x[:,:,i:i+k].bmm(across[:,:w*c-i,:(w-2*b)*c-i]) for i in range(0, (w-2*b)*c, n)], 2)
 
-@_full_precision
 def _mix(x, weights):
     "x (B,h,w,c) → (B,h,w·c), channels mixed with `weights` (B,c,c)"
     B,h,w,c = x.shape
@@ -382,6 +380,7 @@ def _mix(x, weights):
 # %% ../nbs/03_augmentations.ipynb #ccda2519
 _n_pixels = 2**18 # of views that a CPU works on at a time
 
+@_full_precision
 def _render(x, n_views, crop, flip=None, rotate=None, jitter=None, gray=None, blur=None, norm=None):
     "`n_views` views of each image, as these transforms would make them one after the other"
     c,(h,w),device,each = x.shape[1],crop.size,x.device,_one_by_one(x)

@@ -11,11 +11,12 @@ from PIL import Image
 from scipy import ndimage
 from scipy.stats import binomtest, chisquare, ks_2samp
 from torch import tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from self_supervised import augmentations as A
 from self_supervised.augmentations import *
-from self_supervised.core import notice_once
+from self_supervised.core import make_views, notice_once
 from self_supervised.data import fashion_mnist
 
 tol    = 2/255
@@ -480,6 +481,141 @@ def test_more_transforms(f):
     torch.testing.assert_close(n, (v-mean)/std, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(f(16, **plain, xtra_tfms=[norm]).decode(n), v, atol=1e-5, rtol=0)
     assert diff(_run(None, RandomErasing(p=1., sh=.3)), v).max() > .1
+
+# ---- together, and on other devices: the same pixels in another way
+
+def agree_in_pixels(a, b, most=tol, mean=.1/255): assert diff(a, b).max() <= most and diff(a, b).mean() <= mean
+
+calm = dict(jitter_s=.4, stats=None) # and images of middling colours: nothing to clamp
+def middling(h, w, c=3): return (images(h, w).repeat(5,5,1,1)[:,:c].float()*.2+90).byte()
+
+pipes = dict(all={}, rotated=dict(rotate=True, rotate_p=.5), sharp=dict(blur=False), gray=dict(bw_p=1.), plain=dict(jitter=False, bw=False),
+             one=dict(same_on_batch=True), normalised=dict(stats=rgb), wide=dict(blur_p=1., blur_s=(2.,5.)))
+
+@pytest.mark.parametrize('size,c', [(32,3), ((13,29),3), ((1,7),3), ((9,10),1), (24,5)])
+@pytest.mark.parametrize('kw', pipes.values(), ids=pipes)
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.float])
+def test_together_is_step_by_step(kw, size, c, dtype):
+    "The kernel is cut at three times its own sigma in the one, the largest in the other: a share of 0.003"
+    x = middling(40, 31, c)
+    if dtype==torch.float: x = x/255
+    if c!=3: kw = {**kw, 'stats':None}
+    pipe = get_batch_augs(size, **{**calm, **kw})
+    assert type(pipe) is ViewPipeline
+    set_seed(7); a = pipe(x)
+    set_seed(7); b = Pipeline.__call__(pipe, x)
+    assert a.is_contiguous(memory_format=torch.channels_last) and a.shape==b.shape
+    agree_in_pixels(pipe.decode(a), pipe.decode(b))
+
+def test_together_with_clamping():
+    "Bright and saturated images, where it matters that only the end is clamped: the same on average"
+    x = images(48, 48).repeat(50,1,1,1)
+    pipe = get_batch_augs(32, stats=None)
+    set_seed(7); a = pipe(x)
+    set_seed(7); b = Pipeline.__call__(pipe, x)
+    assert a.min()>=0 and a.max()<=1
+    assert diff(a, b).mean() < 5/255 and abs((a-b).mean()) < 2/255
+
+@pytest.fixture
+def at_once(monkeypatch): monkeypatch.setattr(A, '_one_by_one', lambda x: False)
+
+@pytest.mark.parametrize('size', [(16,16), (12,20), (8,5), (96,80), (16,96), (37,41)])
+@pytest.mark.parametrize('shape', shapes)
+def test_crop_resize_at_once(shape, size, at_once):
+    x = images(*shape)
+    b = tensor([[0,0,*shape], [3,5,30,21], [10,20,11,17], [shape[0]-7,shape[1]-9,7,9]])
+    ref = torch.stack([tvf.resized_crop(o, *p, size=size, antialias=True) for o,p in zip(x/255, b.tolist())])
+    assert diff(crop_resize(x, b, size), ref).max() < 1e-4 and diff(crop_resize(x/255, b, size), ref).max() < 1e-4
+
+@pytest.mark.parametrize('size,c', [(32,3), ((13,29),3), ((9,10),1), (24,5)])
+@pytest.mark.parametrize('kw', pipes.values(), ids=pipes)
+def test_at_once_is_one_by_one(kw, size, c, monkeypatch):
+    "The path of other devices, on this one; the resized uint8 image is rounded in the one and not in the other"
+    x,kw = images(40, 31).repeat(5,5,1,1)[:,:c],{**kw, 'stats':None} if c!=3 else kw
+    for pipe in (get_batch_augs(size, **kw), get_batch_augs(size, exact_hue=True, jitter_s=.3, **kw)):
+        res = []
+        for each in (True, False):
+            monkeypatch.setattr(A, '_one_by_one', lambda x: each)
+            for o in (x, x/255): set_seed(7); res.append(pipe.decode(pipe(o)))
+        for o in res: agree_in_pixels(o, res[1], 4/255, 1/255) # jitter multiplies what rounding has left
+
+@pytest.mark.parametrize('kw', [{}, dict(exact_hue=True), dict(rotate=True), dict(same_on_batch=True), dict(stats=None, blur=False)], ids=repr)
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.float])
+def test_a_gpu_is_never_waited_for(kw, dtype):
+    "Tensors without data refuse to tell a value or to mix devices; what is drawn is drawn on the device"
+    pipes = get_multi_aug_pipelines(2, 32, **kw) + get_multi_aug_pipelines(3, (12,16), **kw)
+    with FakeTensorMode(allow_non_fake_inputs=True): views = make_views(pipes, torch.ones(6, 3, 40, 36, device='cuda').to(dtype))
+    assert [(v.shape[2:], v.device.type, v.dtype) for v in views] == [((32,32),'cuda',torch.float)]*2 + [((12,16),'cuda',torch.float)]*3
+
+@pytest.mark.parametrize('each', [True, False])
+def test_views_are_as_precise_under_autocast(each, monkeypatch):
+    monkeypatch.setattr(A, '_one_by_one', lambda x: each)
+    x,pipe = images(40, 36),get_batch_augs(24, rotate=True, stats=None)
+    a = seeded(pipe, x)
+    with torch.autocast('cpu', torch.bfloat16): b = seeded(pipe, x)
+    assert b.dtype==torch.float32 and torch.equal(a, b)
+
+# ---- all colours as one matrix
+
+def test_linear_jitter_is_exact_but_for_hue_and_clamping():
+    x = middling(16, 16)[:24].float()/255
+    g = torch.Generator().manual_seed(1)
+    factors = torch.cat([torch.rand(24, 3, generator=g)+.5, torch.zeros(24,1)], 1)
+    order = tensor(list(itertools.permutations(range(4))))[torch.arange(len(x))%24]
+    factors = factors[torch.arange(len(x))%24]
+    assert diff(color_jitter(x, factors, order, False), color_jitter(x, factors, order)).max() < 1e-5
+
+def test_linear_hue():
+    "A turn around the gray axis: gray stays, as does the mean of the channels; a third of the circle is an exchange of channels, as it is for true hue"
+    x = images(32, 32)/255
+    def _hue(x, d): return color_jitter(x, tensor([1.,1,1,d]).expand(len(x), 4), None, False)
+    gray = x.mean(1, keepdim=True).expand_as(x)
+    assert diff(_hue(gray, .2), gray).max() < 1e-5
+    soft = x*.2+.4
+    assert diff(_hue(soft, .17).mean(1), soft.mean(1)).max() < 1e-5
+    for d in (1/3, -1/3): assert diff(_hue(x, d), tvf.adjust_hue(x, d)).max() < 1e-4
+    assert diff(_hue(x, .02), tvf.adjust_hue(x, .02)).mean() < 5/255
+
+def test_exact_hue():
+    x = images(24, 24).repeat(6,1,1,1)
+    kw = dict(**plain | dict(jitter=True), **whole, jitter_p=1.)
+    exact,fast = (get_batch_augs(24, exact_hue=o, **kw) for o in (True,False))
+    v = seeded(exact, x)
+    u = x.float()/255
+    set_seed(7)
+    exact.fs[0].params(x.shape), exact.fs[1].mask(len(x)), exact.fs[2].mask(len(x)) # drawn in this order
+    want = color_jitter(u, *exact.fs[2].params(x.shape))
+    assert diff(v, want).max() < 1e-5 and diff(seeded(fast, x), want).max() > .05
+
+# ---- several at once
+
+def test_views_of_a_kind_are_made_together(monkeypatch):
+    calls,render = [],A._render
+    monkeypatch.setattr(A, '_render', lambda x, n, **kw: (calls.append(n), render(x, n, **kw))[1])
+    pipes = get_multi_aug_pipelines(2, 16) + get_multi_aug_pipelines(6, 8) + [get_batch_augs(8)]
+    x = images(24, 24)
+    views = make_views(pipes, x)
+    assert calls==[2,6,1] and [v.shape for v in views]==[(4,3,16,16)]*2+[(4,3,8,8)]*7
+    assert all(v.is_contiguous(memory_format=torch.channels_last) for v in views)
+    flat = torch.cat([v.flatten(1) for v in views[2:]])
+    assert distinct(flat)==len(flat)
+
+def test_each_view_is_of_its_image():
+    x = (torch.arange(5)/5)[:,None,None,None].expand(5,3,12,12)
+    for v in make_views(get_multi_aug_pipelines(3, 8, jitter=False, stats=None), x): assert diff(v, x[:,:,:8,:8]).max() < 1e-3
+
+def test_one_draw_for_a_batch_is_one_for_each_view():
+    x = images(32, 32)[1:2].expand(4,3,32,32)
+    views = make_views(get_multi_aug_pipelines(6, 16, same_on_batch=True, blur_p=1.), x)
+    for v in views: assert diff(v, v[:1]).max() < 1e-5
+    assert distinct(torch.stack([v[0] for v in views]))==6
+
+def test_large_batches_are_worked_on_in_parts(monkeypatch):
+    x = images(24, 24).repeat(3,1,1,1)
+    pipe = get_batch_augs(16, stats=None)
+    a = seeded(pipe, x)
+    monkeypatch.setattr(A, '_n_pixels', 1)
+    assert diff(a, seeded(pipe, x)).max() < 1/255 # the kernel of a part is as wide as its largest sigma wants
 
 # ---- a notice, once
 
