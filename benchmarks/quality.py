@@ -1,77 +1,154 @@
-"""draft"""
-import math
+"""What the encoder has learned on Fashion-MNIST: our fast views and torchvision's, ours and lightly, multi-crop and two crops, queue and none. About 25 minutes.
+
+Every form trains the same encoder (three convolutions with batch norm, 128 features) on the 5,000 images of the sample, without labels, batch 128
+unless its name says otherwise, with fastai's Adam and `fit_one_cycle`; then the encoder is frozen and judged on the 1,000 test images.
+
+- SwAV sees 2 large (28 px, 40 to 100 % of the area) and 4 small views (14 px, 10 to 40 %), SimCLR two large ones. All mirror, change brightness
+  and contrast and blur with the same probabilities and strengths; the images are grey, so there is no colour to change.
+- Projector 128–256–128 with batch norm, 100 prototypes, temperature 0.1. With a queue, 512 projections a view, from a quarter of the training on.
+- lightly: its transforms on PIL images in two worker processes, its heads and its losses, one pass of the encoder a view, as in its examples.
+  Encoder, optimiser and schedule are ours. Its prototypes have a bias; ours stay fixed for the first hundredth of the steps.
+- as long: once more, with as many epochs as fit into the training time of our SwAV (or SimCLR): the ratio is the median over the seeds, which take turns.
+- k-NN: 20 neighbours among the training images. Linear: logistic regression, on ten labels a class (the mean of five draws) and on all.
+  Accuracy in %, mean ± standard deviation over seeds: 5 for the first three rows, 3 for the others (fewer with `--seeds`).
+- s: seconds of training, the median over seeds. The forms take turns, a seed of each.
+
+The second table has the differences of means, ± their standard error. The test images are the same for all and their number is small: a difference
+between forms that is no more than two standard errors says nothing. `--full` takes all 60,000 + 10,000 images, and twelve times as long.
+"""
+import re
+from functools import partial
 from statistics import mean, median, stdev
 
 import torch
 from fastcore.script import call_parse
-from fastai.vision.all import ConvLayer, DataLoaders, Learner, ResBlock, set_seed
+from fastai.vision.all import ConvLayer, DataLoaders, Learner, set_seed
 from torch import nn
 from torch.nn import functional as F
 
 from measure import save, seconds, table
 from self_supervised.all import *
 
-hidden,dim,protos,temp = 256,128,100,.2
-large,small = (28,(.4,1.)),(14,(.1,.4)) # side in pixels and area of a crop
-multi,two   = [large]*2+[small]*4,[large]*2
-jitter,sigmas = .5,(.1,1.)
+lr,nf,hidden,dim,protos,temp,queue = 8e-3,128,256,128,100,.1,512
+large,small  = (28,(.4,1.)),(14,(.1,.4)) # side, and area as a part of the image's
+jitter,sigma = .5,(.1,1.)
 
-def small_encoder():
-    "A small ResNet, 1×28×28 → 128 features"
-    return nn.Sequential(ConvLayer(1,16), *(ResBlock(1,i,o,stride=2) for i,o in ((16,32),(32,64),(64,128))), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+def new_encoder():
+    "1×28×28 → 128 features"
+    szs = (1,32,64,nf)
+    convs = [ConvLayer(i, o, stride=2) for i,o in zip(szs, szs[1:])]
+    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten()).to(memory_format=torch.channels_last)
 
-def augs(views, build=get_batch_augs):
-    return [build(size, resize_scale=scale, jitter_s=jitter, bw=False, blur_s=sigmas, stats=None) for size,scale in views]
+def augs(counts, build=get_batch_augs):
+    return [build(size, resize_scale=scale, jitter_s=jitter, bw=False, blur_s=sigma, stats=None)
+            for n,(size,scale) in zip(counts, (large,small)) for _ in range(n)]
 
-def swav(x, bs, encoder, views=multi, build=get_batch_augs, K=None):
-    "Our SwAV"
-    return Learner(tensor_dls(x, bs=bs), create_swav_model(encoder, hidden, dim, protos), cbs=SWAV(augs(views, build), [0,1], K=K))
+def swav(x, encoder, bs=128, counts=(2,4), build=get_batch_augs, K=None):
+    return Learner(tensor_dls(x, bs=bs), create_swav_model(encoder, hidden, dim, protos), cbs=SWAV(augs(counts, build), [0,1], K=K, temp=temp))
 
-def simclr(x, bs, encoder):
-    "Our SimCLR"
-    return Learner(tensor_dls(x, bs=bs), create_simclr_model(encoder, hidden, dim, bn=True), cbs=SimCLR(augs(two), temp))
+def simclr(x, encoder, bs=128):
+    return Learner(tensor_dls(x, bs=bs), create_simclr_model(encoder, hidden, dim, bn=True), cbs=SimCLR(augs((2,)), temp))
 
-def lightly_dls(x, bs, tfm, workers=2):
-    "Its transform, image by image in worker processes"
+def lightly_learner(x, model, loss, tfm, bs=128):
+    "A Learner whose worker processes make views with `tfm`"
     from PIL import Image
     from torch.utils.data import DataLoader, default_collate
-    dl = DataLoader([Image.fromarray(o[0].numpy()) for o in x], bs, shuffle=True, drop_last=True, num_workers=workers,
-                    persistent_workers=workers>0, collate_fn=lambda b: (default_collate([tfm(o) for o in b]), torch.zeros(len(b))))
-    return DataLoaders(dl, [])
+    dl = DataLoader([Image.fromarray(o.numpy()) for o in x[:,0]], bs, shuffle=True, drop_last=True, num_workers=2,
+                    collate_fn=lambda b: (default_collate([tfm(o) for o in b]), torch.zeros(len(b)))) # fastai wants a target
+    return Learner(DataLoaders(dl, []), model, loss_func=lambda pred,_: loss(pred))
 
-def lightly_swav(x, bs, encoder, workers=2):
-    "SwAV of lightly's modules"
+lightly_recipe = dict(cj_strength=jitter, random_gray_scale=0, sigmas=sigma, normalize=None)
+
+def lightly_swav(x, encoder):
     from lightly.loss import SwaVLoss
     from lightly.models.modules import SwaVProjectionHead, SwaVPrototypes
     from lightly.transforms import SwaVTransform
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.encoder,self.head,self.prototypes = encoder,SwaVProjectionHead(128, hidden, dim),SwaVPrototypes(dim, protos)
+            self.encoder,self.head,self.prototypes = encoder,SwaVProjectionHead(nf, hidden, dim),SwaVPrototypes(dim, protos)
         def forward(self, views):
             self.prototypes.normalize()
             return [self.prototypes(F.normalize(self.head(self.encoder(o)), dim=1)) for o in views]
-    (sizes,scales),loss = zip(large, small),SwaVLoss()
-    tfm = SwaVTransform(sizes, (2,4), *zip(*scales), cj_strength=jitter, random_gray_scale=0, sigmas=sigmas, normalize=None)
-    return Learner(lightly_dls(x, bs, tfm, workers), Model(), loss_func=lambda scores, _: loss(scores[:2], scores[2:]))
+    sizes,scales = zip(large, small)
+    loss = SwaVLoss(temp)
+    return lightly_learner(x, Model(), lambda scores: loss(scores[:2], scores[2:]), SwaVTransform(sizes, (2,4), *zip(*scales), **lightly_recipe))
 
-def lightly_simclr(x, bs, encoder, workers=2):
-    "SimCLR of lightly's modules"
+def lightly_simclr(x, encoder):
     from lightly.loss import NTXentLoss
     from lightly.models.modules import SimCLRProjectionHead
     from lightly.transforms import SimCLRTransform
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.encoder,self.head = encoder,SimCLRProjectionHead(128, hidden, dim)
+            self.encoder,self.head = encoder,SimCLRProjectionHead(nf, hidden, dim)
         def forward(self, views): return [self.head(self.encoder(o)) for o in views]
-    loss = NTXentLoss(temp)
-    tfm = SimCLRTransform(large[0], cj_strength=jitter, min_scale=large[1][0], random_gray_scale=0, sigmas=sigmas, normalize=None)
-    return Learner(lightly_dls(x, bs, tfm, workers), Model(), loss_func=lambda z, _: loss(*z))
+    loss,(size,scale) = NTXentLoss(temp),large
+    return lightly_learner(x, Model(), lambda z: loss(*z), SimCLRTransform(size, min_scale=scale[0], **lightly_recipe))
+
+forms = {'random encoder':          None,
+         'SwAV':                    swav,
+         'SwAV, torchvision views': partial(swav, build=get_torchvision_batch_augs),
+         'SwAV, lightly':           lightly_swav,
+         'SwAV, two crops':         partial(swav, counts=(2,)),
+         'SwAV, batch 32':          partial(swav, bs=32),
+         'SwAV, batch 32, queue':   partial(swav, bs=32, K=queue),
+         'SimCLR':                  simclr,
+         'SimCLR, lightly':         lightly_simclr}
+as_long = {'SwAV, lightly': 'SwAV', 'SwAV, two crops': 'SwAV', 'SimCLR, lightly': 'SimCLR'}
+questions = [('SwAV','SwAV, torchvision views'), ('SwAV','SwAV, lightly'), ('SwAV','SwAV, lightly, as long'), ('SimCLR','SimCLR, lightly'),
+             ('SimCLR','SimCLR, lightly, as long'), ('SwAV','SwAV, two crops'), ('SwAV','SwAV, two crops, as long'), ('SwAV, batch 32, queue','SwAV, batch 32')]
+columns = 'k-NN','linear, 10 labels a class','linear, all labels'
 
 def judge(encoder, train, test):
-    "Accuracies in %: k-NN; linear on ten labels a class, the mean of five draws; linear on all labels"
+    "Accuracies in %, one a column"
     dls = tensor_dls(train, test, bs=500)
     tr,te = extract_features(encoder, dls.train),extract_features(encoder, dls.valid)
     few = [linear_probe(sample_per_class(tr, 10, seed=i), te) for i in range(5)]
     return [100*o for o in (knn(tr, te), mean(few), linear_probe(tr, te))]
+
+def run(name, form, epochs, seed, train, test):
+    "Seconds of training and what `judge` says"
+    set_seed(seed)
+    encoder,s = new_encoder(),0.
+    if form:
+        learn = form(train[0], encoder)
+        with learn.no_bar(), learn.no_logging(): s = seconds(lambda: learn.fit_one_cycle(epochs, lr))
+    res = judge(encoder, train, test)
+    print(f'{name}, seed {seed}: {s:.0f} s,', ', '.join(f'{o:.1f}' for o in res), flush=True)
+    return s,*res
+
+def spread(xs): return stdev(xs) if len(xs)>1 else 0.
+
+def difference(a, b):
+    "Of the means of two columns of results, ± the standard error"
+    return f'{mean(a)-mean(b):+.1f} ± {(spread(a)**2/len(a)+spread(b)**2/len(b))**.5:.1f}'
+
+@call_parse
+def main(
+    seeds:int=5, # runs of the first three forms; of the others at most 3
+    epochs:int=10, # of pretraining
+    full:bool=False, # all of Fashion-MNIST, see `fashion_mnist`
+    only:str='', # forms with this regular expression in their name; the tables are printed and not saved
+):
+    "Train and judge all forms, print the tables and write them to results/"
+    data  = fashion_mnist(full)
+    names = [o for o in forms if re.search(only, o)]
+    n     = {nm: seeds if i<3 else min(seeds, 3) for i,nm in enumerate(forms)}
+    runs,ran = {nm: [] for nm in names},{nm: epochs if forms[nm] else 0 for nm in names}
+    for seed in range(seeds):
+        for nm in names:
+            if seed<n[nm]: runs[nm].append(run(nm, forms[nm], epochs, seed, *data))
+    for nm,ref in as_long.items():
+        if not {nm,ref} <= {*names}: continue
+        new = f'{nm}, as long'
+        ran[new]  = max(1, round(epochs*median(a[0]/b[0] for a,b in zip(runs[ref], runs[nm]))))
+        runs[new] = [run(new, forms[nm], ran[new], seed, *data) for seed in range(n[nm])]
+    res = {nm: list(zip(*o)) for nm,o in runs.items()}
+    tables = {f'Accuracy on {len(data[1][0]):,} test images, in %':
+                  [{'form': nm, 'epochs': ran[nm], 'seeds': len(s), 's': median(s), **{c: f'{mean(o):.1f} ± {spread(o):.1f}' for c,o in zip(columns, accs)}}
+                   for nm,(s,*accs) in res.items()],
+              'Differences, in percentage points':
+                  [{'first': a, 'minus': b, **{c: difference(*o) for c,*o in zip(columns, res[a][1:], res[b][1:])}} for a,b in questions if {a,b}<={*res}]}
+    if only: print('\n\n'.join(table(o) for o in tables.values() if o))
+    else: save('quality', __doc__.partition('\n\n')[2].strip(), tables, ('lightly','pillow'))

@@ -167,10 +167,13 @@ def _set_rng_states(states, dl_states):
 def before_fit(self:SSLCallback):
     "Refuse what cannot train; remember the random generators if this is `lr_find`; other processes, other views"
     self._give_back()
-    if getattr(self.dls.train, 'bs', None)==1 and any(isinstance(o, bn_types) for o in self.learn.model.modules()): raise ValueError(
+    (n,bs),ranks = (getattr(self.dls.train, o, None) or 0 for o in ('n','bs')),max(num_distrib(), 1)
+    if bs==1 and any(isinstance(o, bn_types) for o in self.learn.model.modules()): raise ValueError(
         'bs=1, and the model has batch norm, which needs several images: use bs=2 or more (or a model without batch norm)')
-    if num_distrib()>1 and not torch.distributed.is_initialized(): raise ValueError(
-        f'{num_distrib()} processes were launched, and this Learner does not know of the others: fit inside `with learn.distrib_ctx():`')
+    if n and n//ranks < bs and self.dls.train.drop_last: raise ValueError(
+        f'{n} training images on {ranks} process(es) make no batch of bs={bs}, and nothing would be trained: use bs={max(n//ranks, 1)} or less, or drop_last=False')
+    if ranks>1 and not torch.distributed.is_initialized(): raise ValueError(
+        f'{ranks} processes were launched, and this Learner does not know of the others: fit inside `with learn.distrib_ctx():`')
     self._rng = _rng_states(self.dls) if any(isinstance(o, LRFinder) for o in self.learn.cbs) else None
     if rank_distrib(): set_seed(int(torch.randint(2**31, (1,))) + rank_distrib())
 

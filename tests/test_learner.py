@@ -22,6 +22,7 @@ from fasttransform import Pipeline
 from PIL import Image
 from torch import nn
 
+from self_supervised import core
 from self_supervised.augmentations import *
 from self_supervised.core import notice_once
 from self_supervised.data import image_dls, tensor_dls
@@ -357,6 +358,12 @@ def test_wrong_pipelines(name):
 ], ids='encoder channels batch-of-one metric nan shape stats'.split())
 def test_wrong_model_or_data(name, make, msg):
     with pytest.raises(ValueError, match=f'(?s){msg.format(name)}'): quiet(make(name), 1)
+
+@each_method
+def test_too_few_images_for_a_batch_on_every_process(name, monkeypatch):
+    dls = tensor_dls(images(24), bs=16, drop_last=True)
+    monkeypatch.setattr(core, 'num_distrib', lambda: 2)
+    with pytest.raises(ValueError, match='24 training images on 2 process.*bs=16.*bs=12 or less, or drop_last=False'): quiet(learner(name, dls), 1)
 
 @pytest.mark.parametrize('name,other', [('swav','simclr'), ('simclr','swav')])
 def test_the_model_of_another_method(name, other):

@@ -67,3 +67,54 @@ def test_wrong_eps(kwargs, msg):
 
 def test_wrong_shape():
     with pytest.raises(ValueError, match=r'\(2, 4, 4\).*samples, prototypes'): sinkhorn_knopp(torch.zeros(2,4,4))
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize('B,n', [(16,8), (5,0), (300,900)]) # the last in several blocks, with 1,500 prototypes
+@pytest.mark.parametrize('hard', [False, True])
+def test_queue_takes_part_and_gets_no_codes(B, n, hard, dtype):
+    s = unit_scores(B+n, 1500 if B==300 else 12).to(dtype)
+    q = sinkhorn_knopp(s[:B], hard=hard, queue=s[B:])
+    assert q.shape==(B, s.shape[1])
+    torch.testing.assert_close(q, sinkhorn_knopp(s, hard=hard)[:B], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(q, sinkhorn_knopp(s[:B].T.contiguous().T, hard=hard, queue=s[B:].T.contiguous().T), rtol=1e-5, atol=1e-7) # any layout
+
+def plain_log_sinkhorn(s, eps=.05, n_iters=3):
+    "In logarithms and one matrix, step by step"
+    m = s.double()/eps
+    for _ in range(n_iters):
+        m = m - m.logsumexp(0)
+        m = m - m.logsumexp(1, keepdim=True)
+    return m.exp()
+
+@pytest.mark.parametrize('n_iters', [1, 3, 40])
+@pytest.mark.parametrize('scale', [1, 30, 1e4])
+def test_blocks_equal_one_matrix(scale, n_iters):
+    s = unit_scores(1000, 1500)*scale # 1.5 million scores: three blocks
+    torch.testing.assert_close(sinkhorn_knopp(s, n_iters=n_iters), plain_log_sinkhorn(s, n_iters=n_iters), rtol=1e-6, atol=1e-9)
+
+@pytest.mark.parametrize('n_iters', [1, 3, 200])
+@pytest.mark.parametrize('far', [100., 1e4, 1e30])
+def test_a_prototype_far_from_every_sample(far, n_iters):
+    "exp of its scores is 0 in any float type; it still gets its share"
+    s = unit_scores(32, 8).float()
+    s[:,0] -= far; s[0] += far; s[1,1] -= far
+    q = sinkhorn_knopp(s, n_iters=n_iters)
+    assert q.isfinite().all()
+    torch.testing.assert_close(q.sum(1), torch.ones(32), rtol=0, atol=2e-6)
+    if n_iters==200: torch.testing.assert_close(q.sum(0), torch.full((8,), 4.), rtol=.05, atol=0)
+
+def test_memory_is_that_of_the_codes():
+    "No tensor larger than a block is made, but the codes"
+    from torch.utils._python_dispatch import TorchDispatchMode
+    made = []
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if not func.is_view and isinstance(out, torch.Tensor): made.append((out.numel(), out.untyped_storage().data_ptr()))
+            return out
+    s,queue = unit_scores(300, 3000).float(),unit_scores(600, 3000, seed=1).float()
+    with Look(): q = sinkhorn_knopp(s, queue=queue)
+    assert max(n for n,ptr in made if ptr!=q.data_ptr()) <= 2**19 < q.numel()
+
+def test_wrong_queue():
+    with pytest.raises(ValueError, match=r'queue has shape \(4, 5\).*\(samples, 4\)'): sinkhorn_knopp(unit_scores(4, 4), queue=unit_scores(4, 5))

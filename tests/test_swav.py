@@ -46,6 +46,29 @@ def test_views_of_equal_width_or_height():
     views = [torch.rand(3,1,h,w) for h,w in ((8,8), (5,8), (8,5), (8,8), (5,8))]
     torch.testing.assert_close(multicrop(enc, views), torch.cat([enc(v) for v in views]))
 
+@pytest.mark.parametrize('V,ids', [(2,[0,1]), (8,[0,1]), (5,[3,0,4]), (3,[1]), (3,[-1]), (3,(0,0))])
+def test_loss_has_the_gradient_of_pairs(V, ids):
+    "Codes of any sum, and the gradient of a loop over pairs of views"
+    s,q = torch.randn(V,3,6, dtype=torch.float64, requires_grad=True),torch.rand(len(ids),3,6, dtype=torch.float64)
+    pairs = [-(q[i]*(s[v]/.2).log_softmax(1)).sum(1).mean() for i,a in enumerate(ids) for v in range(V) if v!=a%V]
+    want = sum(pairs)/len(ids)/(V-1)
+    got  = swav_loss(s, q, ids, .2)
+    torch.testing.assert_close((got, *torch.autograd.grad(3*got, s)), (want, *torch.autograd.grad(3*want, s)), rtol=1e-10, atol=1e-12)
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('autocast', [False, True])
+def test_loss_of_half_scores_is_float32(dtype, autocast):
+    "A gradient too small for half precision survives when the loss is scaled"
+    s,q = (.5*torch.randn(4,256,512)).to(dtype).requires_grad_(),torch.randn(2,256,512).softmax(2)
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast): loss = swav_loss(s, q)
+    full = s.detach().float().requires_grad_()
+    want = swav_loss(full, q)
+    scale = 2.**16
+    (scale*loss).backward(); (scale*want).backward()
+    assert loss.dtype==torch.float32 and s.grad.dtype==dtype
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(s.grad.float(), full.grad, rtol=1e-2, atol=1e-3*full.grad.abs().max().item())
+
 def test_no_gradient_through_codes():
     s,q = torch.randn(2,3,4, requires_grad=True),torch.rand(2,3,4, requires_grad=True)
     swav_loss(s, q).backward()
