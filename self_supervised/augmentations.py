@@ -424,9 +424,9 @@ def _render(x, n_views, crop, flip=None, rotate=None, jitter=None, gray=None, bl
                 mean,v = v.flatten(2).sum(1),_mix(v, of_pixel[ids])
             mean = mean.view(-1,w,c).sum(1)[...,None]/(h*w)
             move = ((of_mean-of_pixel)[ids]@mean + shift).mT.repeat(1,1,w)
-            for i,o,m in zip(ids.tolist(), v, move):
-                torch.add(o, m, out=out[i])
-                if jitter: torch.clamp(out[i], lo, hi, out=out[i])
+            v += move
+            if jitter: torch.clamp(v, lo, hi, out=v)
+            for i,o in zip(ids.tolist(), v): out[i].copy_(o)
     return [o.view(-1,h,w,c).permute(0,3,1,2) for o in views]
 
 _fused = dict(crop=RandomCropResize, flip=RandomFlip, rotate=RandomRotate, jitter=RandomJitter, gray=RandomGray, blur=RandomGaussianBlur, norm=NormalizeView)
