@@ -8,9 +8,9 @@ All in float32 on the CPU, on inputs that are ready. Loss means value and gradie
 - codes and swapped loss: Sinkhorn for two assigning views, then the loss, against lightly's `SwaVLoss`.
 - NT-Xent: plain makes all similarities as one matrix. Its limit is one of memory, 1 GiB.
 - ms: median of runs that take turns, `/ ours`: median ratio of neighbours, for one and for all threads.
-- MiB: highest memory above the inputs, result included, each form in a process of its own.
+- MiB: highest memory above the inputs, result included, each size in a process of its own.
 """
-import math, sys
+import json, math, sys
 
 import torch
 from torch.nn import functional as F
@@ -81,10 +81,12 @@ def nt_xent(embeddings):
     return {nm: lambda f=f: grad_of(f, z) for nm,f in dict(ours=lambda z: nt_xent_loss(z, temp), plain=plain, lightly=lambda z: lightly(*z.chunk(2))).items()}
 
 # part: what it is called, the columns of a size, a small size, sizes for time, sizes for memory
-parts = {sinkhorn: ('Sinkhorn',               ('batch','queue','K'),         (8,8,9),   *2*[[(256,0,3000), (256,3840,300), (256,3840,3000), (4096,3840,3000), (4096,3840,9000)]]),
-         swapped:  ('swapped loss',           ('views','batch','K'),         (3,4,9),   *2*[[(2,256,3000), (8,32,3000), (8,256,300), (8,256,3000), (8,1024,3000)]]),
-         swav:     ('codes and swapped loss', ('views','batch','queue','K'), (3,4,8,9), *2*[[(8,32,0,3000), (8,256,0,3000), (8,256,3840,3000)]]),
-         nt_xent:  ('NT-Xent',                ('embeddings',),               (8,),      [(512,), (2048,), (4096,)], [(2048,), (8192,), (16384,)])}
+parts = {sinkhorn: ('Sinkhorn',               ('batch','queue','K'),         (8,8,9),   [(256,0,3000), (256,3840,300), (256,3840,3000), (4096,3840,3000), (4096,3840,6000)],
+                                                                                        [(256,3840,3000), (4096,3840,3000), (4096,3840,6000)]),
+         swapped:  ('swapped loss',           ('views','batch','K'),         (3,4,9),   [(2,256,3000), (8,32,3000), (8,256,300), (8,256,3000), (8,1024,3000)],
+                                                                                        [(2,256,3000), (8,256,3000), (8,1024,3000)]),
+         swav:     ('codes and swapped loss', ('views','batch','queue','K'), (3,4,8,9), [(8,32,0,3000), (8,256,0,3000), (8,256,3840,3000)], [(8,256,0,3000), (8,256,3840,3000)]),
+         nt_xent:  ('NT-Xent',                ('embeddings',),               (8,),      [(512,), (2048,), (4096,)], [(8192,), (16384,)])}
 
 def agree(part, size):
     ours,*others = (f() for nm,f in part(*size).items() if nm!='limit')
@@ -100,16 +102,14 @@ def times(part, cols, sizes, threads):
 def peaks(part, cols, sizes):
     "A row for each size"
     for size in sizes:
-        mem = {nm: alone(__file__, part.__name__, nm, *size)/2**20 for nm in part(*sizes[0])}
+        mem = {nm: o/2**20 for nm,o in alone(__file__, part.__name__, *size).items()}
         yield dict(zip(cols, size)) | {f'{nm}, MiB': o for nm,o in mem.items()} | ({'ours / 1 GiB': mem['ours']/2**10} if part is nt_xent else {})
 
 if __name__=='__main__':
     if len(sys.argv)>1:
-        part,form,*size = sys.argv[1:]
-        part = globals()[part]
-        part(*parts[part][2])[form]() # what a first call loads
-        f = part(*map(int, size))[form]
-        print(peak_memory(f)); sys.exit()
+        part = globals()[sys.argv[1]]
+        for f in part(*parts[part][2]).values(): f() # what a first call loads
+        print(json.dumps({nm: peak_memory(f) for nm,f in part(*map(int, sys.argv[2:])).items()})); sys.exit()
     torch.manual_seed(0)
     tables,threads = {},sorted({1, torch.get_num_threads()})
     for part,(name,cols,small,for_time,for_memory) in parts.items():

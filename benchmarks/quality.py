@@ -1,11 +1,12 @@
-"""What the encoder has learned on Fashion-MNIST: our fast views and torchvision's, ours and lightly, multi-crop and two crops, queue and none. About 25 minutes.
+"""What the encoder has learned on Fashion-MNIST: our fast views and torchvision's, ours and lightly, multi-crop and two crops, queue and none. About half an hour.
 
 Every form trains the same encoder (three convolutions with batch norm, 128 features) on the 5,000 images of the sample, without labels, batch 128
 unless its name says otherwise, with fastai's Adam and `fit_one_cycle`; then the encoder is frozen and judged on the 1,000 test images.
 
 - SwAV sees 2 large (28 px, 40 to 100 % of the area) and 4 small views (14 px, 10 to 40 %), SimCLR two large ones. All mirror, change brightness
-  and contrast and blur with the same probabilities and strengths; the images are grey, so there is no colour to change.
+  and contrast and blur with the same probabilities and strengths; the images are grey, so there is no colour to change, and hue goes untested.
 - Projector 128–256–128 with batch norm, 100 prototypes, temperature 0.1. With a queue, 512 projections a view, from a quarter of the training on.
+- torchvision views: the same steps image by image and one after the other, where ours are fused and clamp at the end only.
 - lightly: its transforms on PIL images in two worker processes, its heads and its losses, one pass of the encoder a view, as in its examples.
   Encoder, optimiser and schedule are ours. Its prototypes have a bias; ours stay fixed for the first hundredth of the steps.
 - as long: once more, with as many epochs as fit into the training time of our SwAV (or SimCLR): the ratio is the median over the seeds, which take turns.
@@ -16,11 +17,12 @@ unless its name says otherwise, with fastai's Adam and `fit_one_cycle`; then the
 The second table has the differences of means, ± their standard error. The test images are the same for all and their number is small: a difference
 between forms that is no more than two standard errors says nothing. `--full` takes all 60,000 + 10,000 images, and twelve times as long.
 """
-import re
+import math, re
 from functools import partial
 from statistics import mean, median, stdev
 
 import torch
+import torchvision.transforms.v2 as tv
 from fastcore.script import call_parse
 from fastai.vision.all import ConvLayer, DataLoaders, Learner, set_seed
 from torch import nn
@@ -40,8 +42,15 @@ def new_encoder():
     return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten()).to(memory_format=torch.channels_last)
 
 def augs(counts, build=get_batch_augs):
+    "So many large views, and small ones"
     return [build(size, resize_scale=scale, jitter_s=jitter, bw=False, blur_s=sigma, stats=None)
             for n,(size,scale) in zip(counts, (large,small)) for _ in range(n)]
+
+def torchvision_augs(size, jitter_s, blur_s, **kwargs):
+    "`get_torchvision_batch_augs`, with the jitter that it leaves out where there are not three channels"
+    a,blur = .8*jitter_s,tv.GaussianBlur(2*math.ceil(3*blur_s[1])+1, blur_s)
+    each = ApplyTo(tv.Compose([tv.RandomApply([tv.ColorJitter(a, a)], .8), tv.RandomApply([blur])]), per_image=True)
+    return get_torchvision_batch_augs(size, jitter=False, blur=False, xtra_tfms=[each], **kwargs)
 
 def swav(x, encoder, bs=128, counts=(2,4), build=get_batch_augs, K=None):
     return Learner(tensor_dls(x, bs=bs), create_swav_model(encoder, hidden, dim, protos), cbs=SWAV(augs(counts, build), [0,1], K=K, temp=temp))
@@ -88,7 +97,7 @@ def lightly_simclr(x, encoder):
 
 forms = {'random encoder':          None,
          'SwAV':                    swav,
-         'SwAV, torchvision views': partial(swav, build=get_torchvision_batch_augs),
+         'SwAV, torchvision views': partial(swav, build=torchvision_augs),
          'SwAV, lightly':           lightly_swav,
          'SwAV, two crops':         partial(swav, counts=(2,)),
          'SwAV, batch 32':          partial(swav, bs=32),

@@ -122,7 +122,7 @@ def compare(name, peers):
     s,r  = paired(forms, rounds)
     peer = min(peers, key=r.get)
     rows = [{'form': nm, 's': s[nm]/steps, 'images/s': args[2]*steps/s[nm], 'time / limit': r[nm], 'speed / lightly': r[peer]/r[nm],
-             'MiB': '' if 'limit' in nm else memory(nm, name)} for nm in forms]
+             'MiB': '' if 'limit' in nm else round(memory(nm, name))} for nm in forms]
     part = lambda spent: {k: median(o[k] for o in spent[1:])/steps for k in spent[0]} # the first was the warm-up
     whole,few = part(mine),part(best)
     return rows,peer,[{'encoder': name, 'form': nm, **{k: o.get(k, '') for k in whole}} for nm,o in (('ours',whole),('limit, channels-last',few))]

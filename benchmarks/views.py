@@ -5,7 +5,7 @@ jitter, grey, blur, normalisation. Images are in memory, as uint8 tensors, for l
 and fastai's colour changes are not torchvision's.
 
 - ms: wall time of the 32 × 8 views, the median of several rounds in which the forms take turns. One thread, unless the form says otherwise.
-- images/s per core: images made into 8 views, divided by the threads in use; lightly's work stays on one in any case.
+- images/s per core: images made into 8 views, divided by the threads in use.
 - times lightly: lightly's time by theirs, the median over the rounds.
 - MiB above: the highest memory above the images and the views, in a process of its own.
 
@@ -66,7 +66,7 @@ def compare(px, sizes, memory):
         s,r = paired({o: calls[o] for o in ('lightly',*names)}, rounds)
         return [{'form': nm if n==1 else f'{nm}, {n} threads', 'ms': 1e3*s[nm], 'images/s per core': bs/s[nm]/n, 'times lightly': 1/r[nm],
                  'MiB above': memory[nm] if n==1 else ''} for nm in s]
-    return [*_rows(['ours'], 9), *(o for nm in list(calls)[2:] for o in _rows([nm], 3)[1:]), *_rows(['ours'], 9, cores)]
+    return [*_rows(['ours'], 9), *(o for nm in list(calls)[2:] for o in _rows([nm], 3)[1:]), *_rows(['ours'], 9, cores)[1:]]
 
 if __name__=='__main__':
     torch.set_num_threads(1)

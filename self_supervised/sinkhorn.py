@@ -14,9 +14,11 @@ from torch import Tensor
 from .dist import all_reduce
 
 # %% ../nbs/06_sinkhorn.ipynb #b4459bc8
-def _logsumexp_samples(
-    blocks, # (b,K) each
-):
+def _block_rows(t, n):
+    "How many rows of `n` numbers make a block: it stays in the cache of a CPU; a GPU wants few and large ones"
+    return max(1, (2**19 if t.is_cpu else 2**24)//n)
+
+def _logsumexp_samples(blocks):
     "`logsumexp` over the samples of all blocks and ranks"
     res = reduce(torch.logaddexp, (o.logsumexp(0) for o in blocks))
     top = all_reduce(res, 'max')
@@ -35,7 +37,7 @@ def sinkhorn_knopp(
     if scores.ndim!=2: raise ValueError(f'scores have shape {tuple(scores.shape)}, they must be (samples, prototypes)')
     if queue is not None and queue.shape[1:]!=scores.shape[1:]: raise ValueError(
         f'queue has shape {tuple(queue.shape)}, it must be (samples, {scores.shape[1]}), with as many prototypes as scores')
-    rows  = max(1, (2**19 if scores.is_cpu else 2**24)//scores.shape[1]) # a block stays in the cache of a CPU; a GPU wants few and large ones
+    rows  = _block_rows(scores, scores.shape[1])
     batch = scores.split(rows)
     every = batch if queue is None else batch+queue.split(rows)
     u     = scores.new_zeros(scores.shape[1], dtype=torch.promote_types(scores.dtype, torch.float32))
@@ -43,7 +45,7 @@ def sinkhorn_knopp(
     with torch.autocast(scores.device.type, enabled=False):
         for i in range(n_iters):
             if i==0: u = -_logsumexp_samples(map(logits, every))
-            else:    u = u - all_reduce(sum(logits(o).softmax(1).sum(0) for o in every)).log()
+            else:    u = u - all_reduce(sum(logits(o).softmax(1).sum(0) for o in every)).clamp_min(torch.finfo(u.dtype).tiny).log()
         res = u.new_empty(scores.shape)
         for o,q in zip(batch, res.split(rows)): torch.softmax(logits(o), 1, out=q)
     if not hard: return res

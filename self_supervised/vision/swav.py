@@ -20,7 +20,7 @@ from ..dist import all_mean, world_size
 from ..layers import create_mlp_module, encoder_dim
 from ..multicrop import multicrop
 from ..queue import FeatureQueue
-from ..sinkhorn import sinkhorn_knopp
+from ..sinkhorn import _block_rows, sinkhorn_knopp
 
 # %% ../../nbs/10_vision.swav.ipynb #3c07e9f4
 @delegates(get_batch_augs, but=['size', 'resize_scale'])
@@ -82,26 +82,34 @@ def create_swav_model(
     return SwAVModel(encoder, projector, nn.Linear(projection_size, n_protos, bias=False))
 
 # %% ../../nbs/10_vision.swav.ipynb #6036493d
-def _targets(codes, ids, n_views):
-    "For one view after the other the codes that it has to predict: all but its own"
-    total = codes.sum(0)
-    for v in range(n_views): yield sum((-q for q,a in zip(codes, ids) if a==v), total)
-
 class _SwappedCE(torch.autograd.Function):
-    "Sum of cross-entropies, a view at a time; backward makes the predictions once more"
+    "The sum of all cross-entropies; backward makes the predictions once more"
+    @staticmethod
+    def blocks(scores, *others): # of samples, the second dimension
+        rows = _block_rows(scores, scores[:,0].numel())
+        return zip(*(o.split(rows, dim=1) for o in (scores, *others)))
+
     @staticmethod
     def forward(ctx, scores, codes, ids, temp):
         ctx.save_for_backward(scores, codes)
-        ctx.ids,ctx.temp = ids,temp
-        return sum(F.cross_entropy(s.to(t.dtype)/temp, t, reduction='sum') for s,t in zip(scores, _targets(codes, ids, len(scores))))
+        ctx.ids,ctx.temp,loss = ids,temp,0.
+        for s,q in _SwappedCE.blocks(scores, codes):
+            logp  = F.log_softmax(s.to(q.dtype)/temp, dim=2)
+            total = logp.sum(0)
+            loss  = loss - sum((o*(total-logp[a])).sum() for a,o in zip(ids, q))
+        return loss
 
     @staticmethod
     def backward(ctx, grad):
         scores,codes = ctx.saved_tensors
         res = torch.empty_like(scores)
-        for s,t,g in zip(scores, _targets(codes, ctx.ids, len(scores)), res):
-            p = F.softmax(s.to(t.dtype)/ctx.temp, dim=1)
-            torch.mul(p.mul_(t.sum(1, keepdim=True)).sub_(t), grad/ctx.temp, out=g)
+        for s,q,r in _SwappedCE.blocks(scores, codes, res):
+            mass  = q.sum(2, keepdim=True)
+            other = mass.sum(0).repeat(len(s), 1, 1)
+            for a,o in zip(ctx.ids, mass): other[a] -= o
+            g = F.softmax(s.to(q.dtype)/ctx.temp, dim=2).mul_(other).sub_(q.sum(0))
+            for a,o in zip(ctx.ids, q): g[a] += o
+            torch.mul(g, grad/ctx.temp, out=r)
         return res,None,None,None
 
 def swav_loss(
@@ -111,9 +119,9 @@ def swav_loss(
     temp:float=0.1, # temperature τ (paper, section 4)
 ) -> Tensor: # scalar
     "Swapped prediction: cross-entropy of each assigning view's codes with the predictions of all other views"
-    (V,B,_),ids = scores.shape,[int(i)%len(scores) for i in crop_assgn_ids]
+    V,B,_ = scores.shape
     codes = codes.detach().to(torch.promote_types(scores.dtype, codes.dtype))
-    return _SwappedCE.apply(scores, codes, ids, temp)/(len(ids)*(V-1)*B)
+    return _SwappedCE.apply(scores, codes, crop_assgn_ids, temp)/(len(codes)*(V-1)*B)
 
 # %% ../../nbs/10_vision.swav.ipynb #b906b8db
 class SWAV(SSLCallback):
