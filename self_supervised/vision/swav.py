@@ -20,7 +20,7 @@ from ..dist import all_mean, world_size
 from ..layers import create_mlp_module, encoder_dim
 from ..multicrop import multicrop
 from ..queue import FeatureQueue
-from ..sinkhorn import _block_rows, sinkhorn_knopp
+from ..sinkhorn import sinkhorn_knopp
 
 # %% ../../nbs/10_vision.swav.ipynb #3c07e9f4
 @delegates(get_batch_augs, but=['size', 'resize_scale'])
@@ -82,36 +82,6 @@ def create_swav_model(
     return SwAVModel(encoder, projector, nn.Linear(projection_size, n_protos, bias=False))
 
 # %% ../../nbs/10_vision.swav.ipynb #6036493d
-class _SwappedCE(torch.autograd.Function):
-    "The sum of all cross-entropies; backward makes the predictions once more"
-    @staticmethod
-    def blocks(scores, *others): # of samples, the second dimension
-        rows = _block_rows(scores, scores[:,0].numel())
-        return zip(*(o.split(rows, dim=1) for o in (scores, *others)))
-
-    @staticmethod
-    def forward(ctx, scores, codes, ids, temp):
-        ctx.save_for_backward(scores, codes)
-        ctx.ids,ctx.temp,loss = ids,temp,0.
-        for s,q in _SwappedCE.blocks(scores, codes):
-            logp  = F.log_softmax(s.to(q.dtype)/temp, dim=2)
-            total = logp.sum(0)
-            loss  = loss - sum((o*(total-logp[a])).sum() for a,o in zip(ids, q))
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        scores,codes = ctx.saved_tensors
-        res = torch.empty_like(scores)
-        for s,q,r in _SwappedCE.blocks(scores, codes, res):
-            mass  = q.sum(2, keepdim=True)
-            other = mass.sum(0).repeat(len(s), 1, 1)
-            for a,o in zip(ctx.ids, mass): other[a] -= o
-            g = F.softmax(s.to(q.dtype)/ctx.temp, dim=2).mul_(other).sub_(q.sum(0))
-            for a,o in zip(ctx.ids, q): g[a] += o
-            torch.mul(g, grad/ctx.temp, out=r)
-        return res,None,None,None
-
 def swav_loss(
     scores:Tensor, # (V,B,K) scores of all views, not divided by the temperature
     codes:Tensor, # (A,B,K) codes of the assigning views; no gradient flows into them
@@ -119,9 +89,10 @@ def swav_loss(
     temp:float=0.1, # temperature τ (paper, section 4)
 ) -> Tensor: # scalar
     "Swapped prediction: cross-entropy of each assigning view's codes with the predictions of all other views"
-    V,B,_ = scores.shape
-    codes = codes.detach().to(torch.promote_types(scores.dtype, codes.dtype))
-    return _SwappedCE.apply(scores, codes, crop_assgn_ids, temp)/(len(codes)*(V-1)*B)
+    codes  = codes.detach()
+    logp   = F.log_softmax(scores.to(torch.promote_types(scores.dtype, codes.dtype))/temp, dim=2)
+    others = logp.sum(0) - logp[list(crop_assgn_ids)]
+    return -(codes*others).sum(2).mean()/(len(scores)-1)
 
 # %% ../../nbs/10_vision.swav.ipynb #b906b8db
 class SWAV(SSLCallback):
