@@ -161,11 +161,12 @@ def open_image(
         with Image.open(fn) as im:
             if im.mode[0] in 'IF': raise ValueError(f'its pixels have mode {im.mode}, convert it to 8 bits a channel or use tensor_dls')
             im.draft(None, (2*max(h,w),)*2)
-            im = ImageOps.exif_transpose(im).convert(mode)
-        s = min(im.width/w, im.height/h)
-        bw,bh = max(1, round(w*s)),max(1, round(h*s))
-        l,t = (im.width-bw)//2,(im.height-bh)//2 # whole pixels: an image that fits already is not blurred
-        im = im.resize((w,h), Image.Resampling.BILINEAR, box=(l,t,l+bw,t+bh))
+            ImageOps.exif_transpose(im, in_place=True)
+            if im.mode!=mode: im = im.convert(mode)
+            s = min(im.width/w, im.height/h)
+            bw,bh = max(1, round(w*s)),max(1, round(h*s))
+            l,t = (im.width-bw)//2,(im.height-bh)//2 # whole pixels: an image that fits already is not blurred
+            im = im.resize((w,h), Image.Resampling.BILINEAR, box=(l,t,l+bw,t+bh))
     except Exception as e: # a decoder raises nearly anything for a damaged file
         raise ValueError(f'cannot read the image {fn} ({type(e).__name__}: {e}): mend or delete it, or pass skip_bad=True to image_dls') from e
     x = torch.from_numpy(np.array(im))
@@ -218,7 +219,7 @@ def image_dls(
     seed:int=None, # of the split and the order; None: the split of seed 0, and an order by Python's `random`
     device:torch.device=None, # where batches go; default: fastai's `default_device()`
     drop_last:bool=True, # leave out the last training batch if it is short
-    **kwargs, # to `Datasets.dataloaders`, such as `val_bs`, `after_batch`, `pin_memory`
+    **kwargs, # to `Datasets.dataloaders`, such as `val_bs`, `after_batch`, `pin_memory` (default: if batches go to a GPU)
 ) -> DataLoaders: # batches (x,) or (x,y), x uint8 (B,n_in,h,w)
     "DataLoaders over image files, with labels or without"
     _mode(n_in)
@@ -232,6 +233,7 @@ def image_dls(
     tfms = [[opn]]
     # the vocabulary is that of all images: a rare class may be in the validation set only
     if label_func is not None: tfms.append([label_func, Categorize(vocab=sorted({label_func(o) for o in fns}))])
+    kwargs.setdefault('pin_memory', torch.device(default_device() if device is None else device).type=='cuda')
     dls = Datasets(L(fns), tfms, splits=[sorted(idx[n_val:]), sorted(idx[:n_val])]).dataloaders(
         bs=bs, num_workers=num_workers, device=device, drop_last=drop_last, **kwargs)
     if seed is not None: dls.train.rng = random.Random(seed)
