@@ -127,7 +127,7 @@ def run(name, form, epochs, seed, train, test):
     print(f'{name}, seed {seed}: {s:.0f} s,', ', '.join(f'{o:.1f}' for o in res), flush=True)
     return s,*res
 
-def spread(xs): return stdev(xs) if len(xs)>1 else 0.
+def spread(xs): return stdev(xs) if len(xs)>1 else math.nan
 
 def difference(a, b):
     "Of the means of two columns of results, ± the standard error"

@@ -114,11 +114,11 @@ def _jitter_weights(factors, order, c):
     for step in order.T: res = ops[:,step,ids] @ res
     return torch.cat([*res], 2)
 
-def _mix_colors(x, weights, shift=0., mean=None):
+def _mix_colors(x, weights, mean=None):
     "Weights as above, applied to every pixel; `mean` (B,c,1) if it is not that of `x`"
     rest,of_mean = weights.chunk(2, 2)
     if mean is None: mean = x.mean((2,3))[...,None]
-    return torch.baddbmm((of_mean-rest)@mean + shift, rest, x.flatten(2)).view_as(x)
+    return torch.baddbmm((of_mean-rest)@mean, rest, x.flatten(2)).view_as(x)
 
 @_full_precision
 def color_jitter(
@@ -334,7 +334,6 @@ class NormalizeView(DisplayedTransform):
         self.mean,self.std = (torch.as_tensor(o, dtype=torch.float).reshape(-1,1,1) for o in (mean,std))
         if len(self.mean)!=len(self.std) or (self.std<=0).any():
             raise ValueError(f'stats with {len(self.mean)} mean(s) and {len(self.std)} std(s): pass as many of both, and only positive stds')
-        self.bounds = torch.cat([-self.mean, 1-self.mean], 2).div(self.std).flatten(1).tolist() # black and white of each channel, normalised
         if cuda: self.mean,self.std = self.mean.cuda(),self.std.cuda()
 
     def _to(self, x):
@@ -366,9 +365,11 @@ def _blur_mix(x, weights, sigma, a, b):
     "x (B,h+2a,w+2b,c), mirrored at the edges → (B,h,w·c), blurred, and channels mixed with `weights` (B,c,c)"
     B,h,w,c = x.shape
     down,across = _band(sigma, a),torch.einsum('bqp,bji->bpiqj', _band(sigma, b), weights).flatten(3).flatten(1, 2)
-    x,(k,n) = x.flatten(2),across.shape[1:]
-    x = torch.cat([down[:,:h-2*a-i,:h-i].bmm(x[:,i:i+16+2*a]) for i in range(0, h-2*a, 16)], 1)
-    return torch.cat([x[:,:,i:i+k].bmm(across[:,:w*c-i,:(w-2*b)*c-i]) for i in range(0, (w-2*b)*c, n)], 2)
+    x,rows,cols,(k,n) = x.flatten(2),h-2*a,(w-2*b)*c,across.shape[1:]
+    y,res = x.new_empty(B,rows,w*c),x.new_empty(B,rows,cols)
+    for i in range(0, rows, 16): torch.bmm(down[:,:rows-i,:h-i], x[:,i:i+16+2*a], out=y[:,i:i+16])
+    for i in range(0, cols, n):  torch.bmm(y[:,:,i:i+k], across[:,:w*c-i,:cols-i], out=res[:,:,i:i+n])
+    return res
 
 def _mix(x, weights):
     "x (B,h,w,c) → (B,h,w·c), channels mixed with `weights` (B,c,c)"
@@ -390,21 +391,18 @@ def _render(x, n_views, crop, flip=None, rotate=None, jitter=None, gray=None, bl
     def mask(o): return picks[o][0] if o else torch.zeros(n, dtype=torch.bool, device=device)
     def some(o, v, ids=slice(None)): return _pick(v, picks[o][0][ids], o.apply, *(p[ids] for p in picks[o][1:])) if o else v
 
-    # colour: weights of a pixel and of the mean of its image, and what is added
-    mix,shift,bounds = torch.eye(c, device=device).repeat(1, 2).expand(n,c,2*c),0.,[(0.,1.)]*c
+    # weights of a pixel's difference from the mean of its image, and of that mean
+    mix = torch.eye(c, device=device).repeat(1, 2).expand(n,c,2*c)
     if jitter: mix = torch.where(mask(jitter)[:,None,None], _jitter_weights(*picks[jitter][1:], c), mix)
     if gray and _needs_rgb(x.shape): mix = torch.where(mask(gray)[:,None,None], _gray(mix).expand_as(mix), mix)
-    if norm:
-        mean,std = (o.flatten(1) for o in norm._to(x))
-        mix,shift,bounds = mix/std,-mean/std,norm.bounds
     if not each:
         v = some(rotate, _crop_resize(x.repeat(n_views,1,1,1), boxes, (h,w), mask(flip)).float())
-        v = _mix_colors(some(blur, v), mix, shift, v.mean((2,3))[...,None])
-        for o,(lo,hi) in zip(v.unbind(1), bounds if jitter else ()): o.clamp_(lo, hi)
-        return v.contiguous(memory_format=torch.channels_last).chunk(n_views)
+        v = _mix_colors(some(blur, v), mix, v.mean((2,3))[...,None]).clamp_(0, 1)
+        return (norm.encodes(v) if norm else v).contiguous(memory_format=torch.channels_last).chunk(n_views)
 
     of_pixel,of_mean = (mix if x.is_floating_point() else mix/255).chunk(2, 2)
-    lo,hi = (torch.tensor(o).repeat(w) for o in zip(*bounds))
+    mean,std = (o.flatten().repeat(w) for o in norm._to(x)) if norm else (torch.zeros(1),torch.ones(1))
+    scale,shift = 1/std,-mean/std
     views = [torch.empty(len(x),h,w*c) for _ in range(n_views)] # pixel by pixel, which is what channels-last means
     out = [o for v in views for o in v]
     for blurred in (False, True): # those to blur side by side, by width
@@ -418,15 +416,14 @@ def _render(x, n_views, crop, flip=None, rotate=None, jitter=None, gray=None, bl
                 sigma = picks[blur][1][ids]
                 a,b = (min(blur.kernel_size//2, math.ceil(3*sigma[-1]), o-1) for o in (h,w))
                 v = _mirror(_mirror(v, a, 1), b, 2).float()
-                mean,v = v[:,a:a+h,b:b+w].flatten(2).sum(1),_blur_mix(v, of_pixel[ids], sigma, a, b)
+                total,v = v[:,a:a+h,b:b+w].flatten(2).sum(1),_blur_mix(v, of_pixel[ids], sigma, a, b)
             else:
                 v = v.float()
-                mean,v = v.flatten(2).sum(1),_mix(v, of_pixel[ids])
-            mean = mean.view(-1,w,c).sum(1)[...,None]/(h*w)
-            move = ((of_mean-of_pixel)[ids]@mean + shift).mT.repeat(1,1,w)
-            v += move
-            if jitter: torch.clamp(v, lo, hi, out=v)
-            for i,o in zip(ids.tolist(), v): out[i].copy_(o)
+                total,v = v.flatten(2).sum(1),_mix(v, of_pixel[ids])
+            if jitter:
+                move = (of_mean-of_pixel)[ids] @ total.view(-1,w,c).sum(1)[...,None]/(h*w)
+                v = v.add_(move.mT.repeat(1,1,w)).clamp_(0, 1)
+            for i,o in zip(ids.tolist(), v): torch.addcmul(shift, o, scale, out=out[i])
     return [o.view(-1,h,w,c).permute(0,3,1,2) for o in views]
 
 _fused = dict(crop=RandomCropResize, flip=RandomFlip, rotate=RandomRotate, jitter=RandomJitter, gray=RandomGray, blur=RandomGaussianBlur, norm=NormalizeView)
