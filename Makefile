@@ -41,7 +41,7 @@ notebooks: $(STAMP) ## run every notebook; none may fail or leave a file behind
 pytest: $(STAMP) ## the tests under tests/
 	$(PY) -m pytest
 
-# The libraries of comparison are an extra. Parts: the files of benchmarks/ but measure.py.
+# The libraries of comparison are an extra. The parts are the files of benchmarks/ but measure.py.
 BENCH := views step loader loss checkpointing quality
 
 bench: $(BENCH:%=bench-%) ## measure everything against peers and limits, on an idle machine: about an hour; one part alone: make bench-views
