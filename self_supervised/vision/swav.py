@@ -89,10 +89,9 @@ def swav_loss(
     temp:float=0.1, # temperature τ (paper, section 4)
 ) -> Tensor: # scalar
     "Swapped prediction: cross-entropy of each assigning view's codes with the predictions of all other views"
-    codes  = codes.detach()
-    logp   = F.log_softmax(scores.to(torch.promote_types(scores.dtype, codes.dtype))/temp, dim=2)
-    others = logp.sum(0) - logp[list(crop_assgn_ids)]
-    return -(codes*others).sum(2).mean()/(len(scores)-1)
+    logp  = F.log_softmax(scores.to(torch.promote_types(scores.dtype, codes.dtype))/temp, dim=2).unbind()
+    total = sum(logp)
+    return -sum((q*(total-logp[a])).sum(1).mean() for q,a in zip(codes.detach(), crop_assgn_ids))/(len(codes)*(len(logp)-1))
 
 # %% ../../nbs/10_vision.swav.ipynb #b906b8db
 class SWAV(SSLCallback):
