@@ -407,7 +407,7 @@ def _render(x, n_views, crop, flip=None, rotate=None, jitter=None, gray=None, bl
     out = [o for v in views for o in v]
     for blurred in (False, True): # those to blur side by side, by width
         ids = (mask(blur)==blurred).nonzero().flatten()
-        if blurred: ids = ids[picks[blur][1][ids].argsort()] if blur else ids
+        if blurred and blur: ids = ids[picks[blur][1][ids].argsort()]
         for ids in ids.split(max(1, _n_pixels//(h*w))):
             if not len(ids): continue
             v = _crop_resize(x, boxes[ids], (h,w), mask(flip)[ids], ids%len(x))
