@@ -437,6 +437,7 @@ class ViewPipeline(Pipeline):
         n:int, # views of each
     ) -> list: # n tensors (B,C,h,w)
         "Several views at once, which is faster for small ones"
+        if x.ndim!=4: raise ValueError(f'the images have shape {tuple(x.shape)}, they must be a batch (B,C,H,W): one image x is the batch x[None]')
         steps,rest = {},list(self.fs)
         for nm,t in _fused.items():
             if rest and type(rest[0]) is t and not getattr(rest[0], 'exact_hue', False): steps[nm] = rest.pop(0)

@@ -69,7 +69,7 @@ def make_views(
 ) -> list: # one batch of views a pipeline, (B,C,h,w)
     "All views of a batch; neighbours that share their steps, as those of `get_multi_aug_pipelines` do, make theirs together if they have a method `views`"
     x,res = x.contiguous(memory_format=torch.channels_last),[]
-    for _,same in itertools.groupby(aug_pipelines, key=lambda o: [id(f) for f in o.fs]):
+    for _,same in itertools.groupby(assert_aug_pipelines(aug_pipelines), key=lambda o: [id(f) for f in o.fs]):
         p,*more = same
         res += p.views(x, 1+len(more)) if hasattr(type(p), 'views') else [o(x) for o in (p,*more)]
     return res

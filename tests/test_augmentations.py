@@ -600,6 +600,10 @@ def test_views_of_a_kind_are_made_together(monkeypatch):
     flat = torch.cat([v.flatten(1) for v in views[2:]])
     assert distinct(flat)==len(flat)
 
+def test_refuses_one_image_and_one_pipeline():
+    with pytest.raises(ValueError, match=r'shape \(3, 20, 20\).*x\[None\]'): get_batch_augs(16)(torch.rand(3,20,20))
+    with pytest.raises(TypeError, match='list of Pipelines'): make_views(get_batch_augs(16), torch.rand(2,3,20,20))
+
 def test_each_view_is_of_its_image():
     x = (torch.arange(5)/5)[:,None,None,None].expand(5,3,12,12)
     for v in make_views(get_multi_aug_pipelines(3, 8, jitter=False, stats=None), x): assert diff(v, x[:,:,:8,:8]).max() < 1e-3
