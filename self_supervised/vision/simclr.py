@@ -16,7 +16,7 @@ from fastai.layers import apply_init
 
 from ..augmentations import get_batch_augs, get_multi_aug_pipelines
 from ..core import SSLCallback, register_method
-from ..dist import all_gather, all_mean, rank, rank_sizes
+from ..dist import all_gather, all_mean, rank, rank_sizes, world_size
 from ..layers import create_mlp_module, encoder_dim
 from ..multicrop import multicrop
 
@@ -124,6 +124,11 @@ class SimCLR(SSLCallback):
             f'the model ({type(m).__name__}) is not an encoder with a `projector` and nothing more: make it with create_simclr_model(encoder)')
         super().before_fit()
         if getattr(self.dls.train, 'bs', None)==1: raise ValueError('bs=1: the other images of the batch are the negatives of SimCLR; use 32 or more')
+
+    @property
+    def chance(self) -> float: # ln(1+V(B-1)), with the images B of all processes
+        "The loss of a model that gives every image the same projection"
+        return math.log1p(len(self.aug_pipelines)*(len(self.xb[0][0])*world_size()-1))
 
     def lf(self,
         pred:Tensor, # projections (V·B,D) from the model

@@ -6,6 +6,8 @@
 __all__ = ['get_swav_aug_pipelines', 'normalize_prototypes', 'SwAVModel', 'create_swav_model', 'swav_loss', 'SWAV']
 
 # %% ../../nbs/10_vision.swav.ipynb #4dfa0445
+import math
+
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
@@ -127,6 +129,7 @@ class SWAV(SSLCallback):
             f'the model ({type(m).__name__}) has no `prototypes`: make it with create_swav_model(encoder)')
         super().before_fit()
         n_protos,dim = m.prototypes.weight.shape
+        self.chance  = math.log(n_protos)
         if not hasattr(m, 'queue'): m.queue = FeatureQueue().to(m.prototypes.weight)
         m.queue.resize(len(self.crop_assgn_ids), self.K or 0, dim)
         bs,n = (getattr(self.dls.train, o, None) or 0 for o in ('bs','n'))
@@ -159,7 +162,8 @@ def lf(self:SWAV,
 ) -> Tensor: # scalar
     "The swapped loss of this batch, joined over processes"
     z,scores = (o.unflatten(0, (len(self.aug_pipelines),-1)) for o in pred)
-    return all_mean(swav_loss(scores, self.codes(z, scores), self.crop_assgn_ids, self.temp), z.shape[1])
+    self.last_codes = self.codes(z, scores)
+    return all_mean(swav_loss(scores, self.last_codes, self.crop_assgn_ids, self.temp), z.shape[1])
 
 # %% ../../nbs/10_vision.swav.ipynb #e0253e6c
 @patch
