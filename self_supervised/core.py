@@ -230,12 +230,12 @@ class Watcher(Callback):
         self.after_fit()
         self.run = not hasattr(self.learn, 'lr_finder')
         self.now = dict.fromkeys(self.columns) # name of a column → what stands in it at the end of the epoch
-        self._metrics = [ValueMetric(partial(self.now.get, o), o) for o in self.columns] if self.run else []
-        self.learn.metrics = self.learn.metrics + self._metrics
+        self._shown = [ValueMetric(partial(self.now.get, o), o) for o in self.columns] if self.run else []
+        self.learn.metrics = self.learn.metrics + self._shown
 
     def after_fit(self):
         "Take the columns away"
-        self.learn.metrics = L(o for o in self.learn.metrics if o not in getattr(self, '_metrics', ()))
+        self.learn.metrics = L(o for o in self.learn.metrics if o not in getattr(self, '_shown', ()))
 
 # %% ../nbs/00_core.ipynb #b31260fc
 SSLMethod = namedtuple('SSLMethod', 'callback create_model get_aug_pipelines loss')

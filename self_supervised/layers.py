@@ -77,7 +77,9 @@ def create_fastai_encoder(
     model = arch(**(dict(weights='DEFAULT' if pretrained else None) if tv else dict(pretrained=pretrained)), **kwargs)
     body  = create_body(model, n_in, pretrained, model_meta.get(arch, {}).get('cut'))
     if low_resolution: _low_resolution(body)
-    return nn.Sequential(*body, _pool_layer(pool_type), Flatten())
+    encoder = nn.Sequential(*body, _pool_layer(pool_type), Flatten())
+    encoder.made_with = dict(library='fastai', arch=arch.__name__, n_in=n_in, pool_type=pool_type, low_resolution=low_resolution, **kwargs) # `export_encoder` writes it
+    return encoder
 
 # %% ../nbs/04_layers.ipynb #32d6ed4b
 _renamed = {'efficientnet_v2s': 'efficientnetv2_rw_s', 'mobilenetv3_small': 'mobilenetv3_small_100', 'mobilenetv3_large': 'mobilenetv3_large_100'}
@@ -107,13 +109,16 @@ def create_timm_encoder(
 ) -> nn.Module: # (B,n_in,H,W) images to (B,F) features
     "A timm model without its classifier"
     _check_n_in(n_in)
-    arch,kwargs = _timm_name(arch),dict(pretrained=pretrained, in_chans=n_in, num_classes=0, **kwargs)
+    arch = _timm_name(arch)
+    made = dict(library='timm', arch=arch, n_in=n_in, pool_type=pool_type, low_resolution=low_resolution, **kwargs)
+    kwargs = dict(pretrained=pretrained, in_chans=n_in, num_classes=0, **kwargs)
     try: encoder = _timm_model(arch, global_pool=pool_type or None, **kwargs)
     except AssertionError as e:
         encoder = _timm_model(arch, **kwargs) # fails again if the pooling was not the reason
         if pool_type != PoolingType.CatAvgMax:
             raise ValueError(f"pool_type={pool_type!r} does not fit {arch} ({e}); pass one that does, or None for the model's own pooling") from e
     if low_resolution: _low_resolution(encoder)
+    encoder.made_with = made
     return encoder
 
 # %% ../nbs/04_layers.ipynb #577a07cc
@@ -258,6 +263,7 @@ class CheckpointSequential(nn.Sequential):
             raise ValueError(f'fastai_model must be an nn.Sequential, not {type(fastai_model).__name__}')
         super().__init__(OrderedDict(fastai_model if isinstance(fastai_model, dict) else fastai_model.named_children()))
         self.checkpoint_nchunks = checkpoint_nchunks
+        if hasattr(fastai_model, 'made_with'): self.made_with = fastai_model.made_with
 
     def forward(self, x):
         if not torch.is_grad_enabled(): return super().forward(x)
