@@ -1,4 +1,5 @@
-"""Pretrain an encoder on a folder of images, on one process or many; only the launch differs:
+"""Pretrain an encoder on a folder of images, on one process or many; only the launch differs.
+A run that was killed goes on where it was when the same command is given again:
 
     python examples/pretrain.py images --method swav --arch resnet50
     torchrun --nproc-per-node 8 examples/pretrain.py images --method swav --arch resnet50
@@ -15,13 +16,6 @@ from fastcore.script import CliError, call_parse
 from fastprogress import fastprogress
 
 from self_supervised.all import *
-
-class SaveLast(Callback):
-    "Keep weights and optimizer of the last finished epoch in last.pth, whenever the process dies"
-    def after_epoch(self):
-        if rank(): return
-        part = self.learn.save('last.part')
-        os.replace(part, part.with_name('last.pth')) # in one step: last.pth is whole at any moment
 
 @call_parse
 def main(
@@ -44,7 +38,8 @@ def main(
     bf16:bool=False, # the same with the range of single precision, on a newer GPU
     workers:int=None, # processes that decode images, beside each that trains; default: one a core, at most 8
     seed:int=42, # of weights, order and views
-    out:Path='pretrained', # folder for last.pth (after each epoch) and encoder.pth (at the end)
+    out:Path='pretrained', # folder for checkpoints/ (the run so far) and encoder.safetensors (at the end)
+    minutes:float=10, # save the run so many minutes after the last time
     timeout:int=600, # seconds after which processes that wait for a dead one give up
 ):
     "Pretrain an encoder with SwAV or SimCLR on a folder of images."
@@ -67,14 +62,12 @@ def main(
     else: raise CliError(f'--method {method} is unknown: give one of {", ".join(ssl_methods())}')
 
     out.mkdir(parents=True, exist_ok=True)
-    learn = Learner(dls, model, cbs=[ssl, SaveLast()], path=out, model_dir='.')
+    learn = Learner(dls, model, cbs=[ssl, CollapseMonitor(), Checkpoint(out/'checkpoints', minutes=minutes)], path=out)
     if fp16: learn.to_fp16()
     if bf16: learn.to_bf16()
+    learn.resume(missing_ok=True)
     with learn.distrib_ctx(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))]):
         learn.fit_one_cycle(epochs, lr)
 
-    if not rank():
-        torch.save(model.encoder.state_dict(), out/'encoder.pth')
-        print(f'The weights of the encoder are in {out}/encoder.pth, for '
-              f'create_encoder({arch!r}, pretrained=False, n_in={n_in}, low_resolution={low_resolution})')
+    if not rank() and not learn.checkpoint.stopped: print(f'The encoder is in {learn.export_encoder(out/"encoder.safetensors")}, for load_encoder')
     teardown_distrib()

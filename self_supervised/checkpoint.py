@@ -167,7 +167,7 @@ def _batches_after(dl, dls, n, begin, now):
 # %% ../nbs/62_checkpoint.ipynb #a45e0c04
 def _words(o):
     "What `o` is, in strings and numbers"
-    if isinstance(o, Pipeline): return [f.name for f in o.fs]
+    if isinstance(o, Pipeline): return [f.name.strip() for f in o.fs]
     if isinstance(o, partial): return [_words(o.func), _words(o.args), _words(o.keywords)]
     if isinstance(o, Tensor): return o.tolist()
     if isinstance(o, dict): return {str(k):_words(v) for k,v in o.items()}
@@ -420,9 +420,10 @@ def _own_rngs(self:Checkpoint):
 @patch
 def _restore(self:Checkpoint, override):
     "Put everything to where it was"
-    learn,saved,dev = self.learn,self._saved,self.dls.device
-    if not override: get_model(learn.model).load_state_dict(saved['model']) # again: some callback may have changed it
-    _set_grads(get_model(learn.model), saved['grads'])
+    learn,saved,model = self.learn,self._saved,get_model(self.learn.model)
+    dev = next(model.parameters()).device
+    if not override: model.load_state_dict(saved['model']) # again: some callback may have changed it
+    _set_grads(model, saved['grads'])
     hypers = [dict(h) for h in learn.opt.hypers]
     learn.opt.load_state_dict(to_device(saved['opt'], dev) if isinstance(learn.opt, Optimizer) else saved['opt']) # PyTorch's own move what they want moved
     if 'hypers' in override:

@@ -1,0 +1,525 @@
+"A run that was killed ends as one that was not, to the bit; damaged files are named; encoders come back as they were"
+import json, os, random, signal, time
+from functools import partial
+from pathlib import Path
+
+import numpy as np, pytest, timm, torch, torchvision
+import torch.distributed as tdist
+import torch.multiprocessing as mp
+from fastai.callback.schedule import LRFinder # noqa: F401 (patches lr_find and fit_one_cycle into Learner)
+from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.data.core import DataLoaders, Datasets
+from fastai.learner import Learner
+from fastai.optimizer import OptimWrapper, SGD
+from fastai.torch_core import set_seed
+from fastai.vision.augment import RandTransform
+from torch import nn
+
+from self_supervised import checkpoint
+from self_supervised.checkpoint import Checkpoint, _batches_after, _rngs, encoder_info, load_encoder, read_whole, write_whole
+from self_supervised.core import Watcher
+from self_supervised.data import tensor_dls
+from self_supervised.layers import checkpoint_encoder, create_encoder, create_timm_encoder
+from self_supervised.vision.swav import SWAV
+
+import methods
+from methods import augs, callback, images
+
+mp.set_forkserver_preload(['self_supervised.all', 'methods'])
+
+def encoder(): return nn.Sequential(nn.Conv2d(1,8,3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(.2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+def make(folder, name='swav', seed=42, dls=None, cb=None, cbs=(), steps=3, keep=2, **kwargs):
+    "A small run: 5 batches an epoch, a queue that fills in the second step, dropout, batch norm, a shuffled order"
+    set_seed(seed)
+    dls = tensor_dls(images(), images(12), bs=8, seed=seed) if dls is None else dls()
+    cb  = callback(name, augs(name)) if cb is None else cb()
+    return Learner(dls, methods.model(name, enc=encoder()), cbs=[cb, Checkpoint(folder, minutes=None, steps=steps, keep=keep), *[o() for o in cbs]], path=folder, **kwargs)
+
+def fit(learn, n=3):
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(n, 1e-2)
+
+def outcome(learn):
+    "Everything that a run leaves behind"
+    return dict(weights={k:v.clone() for k,v in learn.model.state_dict().items()}, losses=torch.stack(list(learn.recorder.losses)).clone(), lrs=list(learn.recorder.lrs),
+                values=[list(o) for o in learn.recorder.values], opt={f'{i}.{k}':v for i,s in enumerate(learn.opt.state_dict()['state']) if isinstance(s, dict) for k,v in s.items()})
+
+def same(a, b):
+    if isinstance(a, dict): return set(a)==set(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list,tuple)): return len(a)==len(b) and all(same(x, y) for x,y in zip(a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a==b
+
+class Die(Watcher):
+    "Raise in the `nth` call of `event`"
+    def __init__(self, event, nth): self.event,self.nth = event,nth
+    def __call__(self, event):
+        super().__call__(event)
+        if event==self.event:
+            self.nth -= 1
+            if self.nth==0: raise KeyboardInterrupt
+
+def go_on(folder, fit=fit, **kwargs):
+    learn = make(folder, seed=7, **kwargs)
+    learn.resume(missing_ok=True)
+    fit(learn)
+    return learn
+
+def check(tmp_path, event='after_pred', nth=9, fit=fit, **kwargs):
+    "A run that dies and goes on in a new Learner, with other weights and random numbers, equals one that does not"
+    whole = make(tmp_path/'whole', **kwargs); fit(whole)
+    dying = make(tmp_path/'dying', **kwargs)
+    dying.add_cb(Die(event, nth))
+    with pytest.raises(KeyboardInterrupt): fit(dying)
+    assert dying.checkpoint.files
+    learn = go_on(tmp_path/'dying', fit, **kwargs)
+    assert same(outcome(whole), outcome(learn))
+    return whole,learn
+
+
+# Goes on exactly
+
+@pytest.mark.parametrize('name', methods.methods)
+@pytest.mark.parametrize('event,nth', [('before_batch', 5), ('after_backward', 6), ('after_step', 5), ('before_validate', 1), ('after_epoch', 2), ('before_epoch', 3)])
+def test_anywhere(tmp_path, name, event, nth): check(tmp_path, event, nth, name=name)
+
+def test_nothing_saved_yet(tmp_path):
+    dying = make(tmp_path, steps=100)
+    dying.add_cb(Die('after_batch', 2))
+    with pytest.raises(KeyboardInterrupt): fit(dying)
+    assert not dying.checkpoint.files and make(tmp_path).resume(missing_ok=True) is None
+    with pytest.raises(ValueError, match='there is no checkpoint in .*missing_ok=True'): make(tmp_path).resume()
+
+@pytest.mark.parametrize('kwargs', [
+    dict(cbs=[partial(GradientAccumulation, 24)], steps=1), # a checkpoint between two optimizer steps, with half of the gradient
+    dict(cbs=[partial(GradientClip, .1)]), dict(opt_func=partial(SGD, mom=.9)), dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)),
+    dict(cb=lambda: SWAV(augs('swav'), [0,1], K=12, freeze_prototypes_niters=7), steps=1), # the first loss of the prototypes' gradient comes later
+    dict(cb=lambda: SWAV(augs('swav'), [0,1], K=None, hard_codes=True)), dict(keep=1)],
+    ids=['accumulate','clip','sgd','adamw','frozen','hard','keep1'])
+def test_settings(tmp_path, kwargs): check(tmp_path, **kwargs)
+
+class Scaled(Watcher):
+    "Stands in for `MixedPrecision`, whose scaler does nothing without a GPU"
+    def before_fit(self):
+        super().before_fit()
+        self.learn.scaler = torch.amp.GradScaler('cpu')
+    def before_backward(self): self.learn.loss_grad = self.learn.scaler.scale(self.learn.loss_grad)/2**16
+    def after_step(self): self.learn.scaler.update(1.1*self.learn.scaler.get_scale())
+
+def test_scaler(tmp_path):
+    whole,learn = check(tmp_path, cbs=[Scaled])
+    assert whole.scaler.state_dict()==learn.scaler.state_dict() and whole.scaler.get_scale()>2**16
+
+def test_callbacks(tmp_path):
+    "The best value and the patience so far are part of the run; so is what a callback says of itself"
+    class Own(Watcher):
+        def __init__(self): self.net = nn.Linear(1,1)
+        def after_batch(self): self.net.weight.data += self.loss.detach()
+        def state_dict(self): return self.net.state_dict()
+        def load_state_dict(self, o): self.net.load_state_dict(o)
+    whole,learn = check(tmp_path, 'after_epoch', 3, partial(fit, n=4), cbs=[partial(SaveModelCallback, with_opt=False), partial(EarlyStoppingCallback, patience=99), Own])
+    assert whole.save_model.best==learn.save_model.best and whole.early_stopping.wait==learn.early_stopping.wait
+    assert torch.equal(whole.own.net.weight, learn.own.net.weight)
+    assert whole.save_model.best==min(o[1] for o in whole.recorder.values) # and it is a value of the whole run
+
+def test_finished(tmp_path):
+    "A finished run that is started again does nothing and has its results"
+    whole = make(tmp_path); fit(whole)
+    files = {o:o.stat().st_mtime_ns for o in whole.checkpoint.files}
+    learn = go_on(tmp_path)
+    assert same(outcome(whole), outcome(learn)) and {o:o.stat().st_mtime_ns for o in learn.checkpoint.files}==files
+
+def test_several_fits(tmp_path):
+    "Those that were finished are passed over; `lr_find` and `validate` are no fits"
+    def script(learn):
+        with learn.no_bar(), learn.no_logging():
+            learn.lr_find(num_it=5, show_plot=False, suggest_funcs=None)
+            learn.fit_one_cycle(2, 1e-2); learn.validate(); learn.swav.temp = .2; learn.fit_one_cycle(2, 1e-3)
+    check(tmp_path, 'after_backward', 5+10+3, script)
+
+def test_saving_changes_nothing(tmp_path):
+    a = make(tmp_path/'a', steps=1); fit(a)
+    b = make(tmp_path/'b'); b.remove_cb(b.checkpoint); fit(b)
+    assert same(outcome(a), outcome(b))
+
+def test_when(tmp_path, monkeypatch):
+    "By steps, by epochs, by the clock; the newest stay; `validate` saves nothing"
+    names = lambda learn: [int(o.stem[-9:]) for o in learn.checkpoint.files]
+    learn = make(tmp_path/'steps', steps=4, keep=9); fit(learn); assert names(learn)==[4, 8, 12, 15]
+    learn.validate(); assert names(learn)==[4, 8, 12, 15]
+    learn = make(tmp_path/'keep', steps=4, keep=2); fit(learn); assert names(learn)==[12, 15]
+    learn = make(tmp_path/'epochs', steps=None, keep=9); learn.checkpoint.epochs = 2; fit(learn); assert names(learn)==[10, 15]
+    now = [0.]
+    monkeypatch.setattr('self_supervised.checkpoint.time.monotonic', lambda: now.__setitem__(0, now[0]+60) or now[0])
+    learn = make(tmp_path/'clock', steps=None, keep=9); learn.checkpoint.minutes = 3.5; fit(learn)
+    assert len(names(learn))>=3 and names(learn)[-1]==15
+
+class Shake(RandTransform):
+    "A random step on each item"
+    def __init__(self): super().__init__(p=1.)
+    def encodes(self, x:torch.Tensor): return (x.float()+10*torch.rand(1)).clamp(0,255).to(torch.uint8)
+
+class Torch(torch.utils.data.Dataset):
+    def __len__(self): return 40
+    def __getitem__(self, i): return (images()[i].float()/255*torch.rand(1), i)
+
+def items(workers, *steps): return Datasets(list(range(40)), [[lambda i: images()[i], *[o() for o in steps]]], splits=[list(range(40)), []]).dataloaders(bs=8, num_workers=workers, shuffle=True, device='cpu')
+
+@pytest.mark.parametrize('dls', [partial(items, 0, Shake), partial(items, 2), partial(items, 2, Shake),
+    lambda: DataLoaders(torch.utils.data.DataLoader(Torch(), 8, shuffle=True), torch.utils.data.DataLoader(Torch(), 8))], ids=['random','workers','random-workers','torch'])
+def test_loaders(tmp_path, dls):
+    "The same items in the same order with the same noise, whatever reads them"
+    check(tmp_path, dls=dls, **(dict(loss_func=nn.MSELoss())), fit=partial(fit, n=2))
+
+def test_skips_or_reads_again():
+    "Batches that are left out are not read where that changes nothing, and read where it might"
+    for dls,read in ((items(0, Shake), 8), (DataLoaders(torch.utils.data.DataLoader(Torch(), 8)), 40)):
+        begin = _rngs(dls)
+        it = iter(dls.train); [next(it) for _ in range(4)]; now = _rngs(dls); want = next(it)[0]
+        seen,get = [],type(dls.train.dataset).__getitem__
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(type(dls.train.dataset), '__getitem__', lambda self,i: seen.append(i) or get(self, i))
+            got = [b[0] for b in _batches_after(dls.train, dls, 4, begin, now)]
+        assert len(got)==1 and torch.equal(got[0], want) and len(seen)==read
+
+
+# Refusals
+
+def other_crops(): return callback('swav', augs('swav', size=10))
+
+@pytest.mark.parametrize('kwargs,n,msg', [
+    (dict(cb=lambda: SWAV(augs('swav'), [0,1], K=8, queue_start_pct=0.)), 3, r'swav.K: 12 → 8'),
+    (dict(cb=other_crops), 3, r"swav.aug_pipelines\[0\]\[0\]: RandomCropResize .*'size': \(12, 12\).*→.*\(10, 10\)"),
+    (dict(opt_func=SGD), 3, r'optimizer'), ({}, 4, r'n_epoch: 3 → 4'),
+    (dict(dls=lambda: tensor_dls(images(), images(12), bs=4, seed=1)), 3, r'bs: 8 → 4'), (dict(cbs=[GradientClip]), 3, r'gradient_clip.max_norm: None → 1.0')])
+def test_other_settings(tmp_path, kwargs, n, msg):
+    learn = make(tmp_path); learn.add_cb(Die('after_pred', 7))
+    with pytest.raises(KeyboardInterrupt): fit(learn)
+    before = {o:o.read_bytes() for o in learn.checkpoint.files}
+    other = make(tmp_path, **kwargs)
+    other.resume()
+    with pytest.raises(ValueError, match=r'other settings.*\n(.*\n)*  '+msg) as e: fit(other, n)
+    assert {o:o.read_bytes() for o in other.checkpoint.files}==before
+    names = json.loads(str(e.value).split('override=')[1].rstrip(')').replace("'", '"'))
+    again = make(tmp_path, **kwargs)
+    again.resume(override=names); fit(again, n) # allowed by the names that the refusal shows
+    assert again.epoch==n-1 and np.isfinite(again.recorder.losses[-1])
+    if 'swav.K' in names: assert again.swav.K==8 and again.model.queue.feats.shape[1]==8
+
+def test_other_schedule(tmp_path):
+    learn = make(tmp_path); learn.add_cb(Die('after_pred', 7))
+    with pytest.raises(KeyboardInterrupt): fit(learn)
+    def slower(learn):
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, 1e-4)
+    learn = make(tmp_path); learn.resume()
+    with pytest.raises(ValueError, match=r'param_scheduler.lr'): slower(learn)
+    learn = make(tmp_path); learn.resume('param_scheduler.lr'); slower(learn)
+    assert max(learn.recorder.lrs[6:])<=1e-4
+
+def test_wrong_use(tmp_path):
+    for kwargs,msg in ((dict(minutes=0), 'minutes=0 must be positive'), (dict(steps=-1), 'steps=-1'), (dict(keep=0), 'keep=0')):
+        with pytest.raises(ValueError, match=msg): Checkpoint(tmp_path, **kwargs)
+    learn = make(tmp_path); fit(learn)
+    with pytest.raises(ValueError, match='holds the checkpoints of a run already.*resume'): fit(make(tmp_path))
+    with pytest.raises(ValueError, match=r'override=.*typo.*no such settings, only.*swav.K'): other = make(tmp_path); other.resume(['typo']); fit(other)
+    bigger = make(tmp_path)
+    bigger.model = methods.model('swav', enc=encoder(), n_protos=20)
+    with pytest.raises(ValueError, match='another model.*prototypes.weight: 10×8 → 20×8'): bigger.resume()
+    learn.remove_cb(learn.checkpoint)
+    with pytest.raises(ValueError, match='no Checkpoint callback'): learn.resume()
+
+def test_export_of_a_learner(tmp_path):
+    learn = make(tmp_path); fit(learn)
+    learn.export(tmp_path/'learner.pkl')
+
+
+# Files
+
+def test_damage(tmp_path):
+    "Cut anywhere, one bit changed anywhere: named, and the one before is used"
+    learn = make(tmp_path); fit(learn)
+    old,new = learn.checkpoint.files
+    good,rng = new.read_bytes(),random.Random(0)
+    want = read_whole(old)['train_iter']
+    for i in range(40):
+        n = rng.randrange(len(good))
+        new.write_bytes(good[:n] if i%2 else good[:n]+bytes([good[n]^(1<<rng.randrange(8))])+good[n+1:])
+        with pytest.raises(ValueError, match=new.name+' is damaged'): read_whole(new)
+    again = make(tmp_path)
+    with pytest.warns(UserWarning, match=new.name+' is damaged'): assert again.resume()==old
+    assert again.checkpoint._saved['train_iter']==want
+    old.write_bytes(b'')
+    before = {k:v.clone() for k,v in again.model.state_dict().items()}
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match='no checkpoint in .* is whole'): again.resume()
+    assert same(before, dict(again.model.state_dict())) # nothing is loaded half
+
+def test_writing_fails(tmp_path, monkeypatch):
+    "The disk is full, or the process dies: the old file is there"
+    f = tmp_path/'x'
+    write_whole({'a':1}, f)
+    for nm in ('fsync','replace'):
+        with monkeypatch.context() as m:
+            m.setattr(os, nm, lambda *args: (_ for _ in ()).throw(OSError('full')))
+            with pytest.raises(OSError): write_whole({'a':2}, f)
+        assert read_whole(f)=={'a':1}
+
+class Evil:
+    def __reduce__(self): return os.system, ('echo evil > /dev/null',)
+
+def test_no_code_from_files(tmp_path):
+    "A file with a right sum that asks for a function to be called"
+    write_whole({'a':Evil()}, tmp_path/'x')
+    with pytest.raises(Exception, match='(?i)weights.?only|unsupported') as e: read_whole(tmp_path/'x')
+    assert 'system' in str(e.value)
+
+
+# Processes that are killed
+
+class Kill(Watcher):
+    "Send this process a signal in the `nth` call of `event`; 'write' is the middle of writing a checkpoint, 'rename' just before it gets its name"
+    order = 99
+    def __init__(self, event, nth, sig='SIGKILL'): self.event,self.nth,self.sig = event,nth,sig
+    def count(self):
+        self.nth -= 1
+        if self.nth==0: os.kill(os.getpid(), getattr(signal, self.sig))
+    def __call__(self, event):
+        super().__call__(event)
+        if event==self.event: self.count()
+    def before_fit(self):
+        super().before_fit()
+        write,replace = checkpoint._Summed.write,os.replace
+        def _write(o, b):
+            n = write(o, b)
+            o.f.flush()
+            if len(b)>500: self.count()
+            return n
+        def _replace(a, b):
+            if Path(a).suffix=='.part': self.count()
+            replace(a, b)
+        if self.event=='write':  checkpoint._Summed.write = _write
+        if self.event=='rename': os.replace = _replace
+
+def _job(r, n, folder, moment, victim, attempt):
+    "One process of a run that is started over and over"
+    torch.set_num_threads(1)
+    folder = Path(folder)
+    os.environ.update(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(n), MASTER_ADDR='localhost', MASTER_PORT='0')
+    if n==1: [os.environ.pop(o) for o in ('RANK','LOCAL_RANK','WORLD_SIZE')]
+    else: tdist.init_process_group('gloo', init_method=f'file://{folder}/meet{attempt}', rank=r, world_size=n)
+    started = any((folder/'run').glob('*.ckpt'))
+    learn = make(folder/'run', seed=42+100*attempt*started)
+    learn.resume(missing_ok=True)
+    if moment and r==victim: learn.add_cb(Kill(*moment))
+    if r==0: (folder/'ready').touch()
+    if n==1: fit(learn)
+    else:
+        with learn.distrib_ctx(in_notebook=False): fit(learn)
+    if learn.checkpoint.stopped: (folder/f'stopped{r}').write_text(learn.checkpoint.stopped)
+    elif r==0: torch.save(outcome(learn), folder/'done.pt')
+    if n>1 and tdist.is_initialized(): tdist.destroy_process_group()
+
+def start(n, folder, moment=None, victim=0, attempt=0):
+    ctx = mp.get_context('forkserver')
+    ps = [ctx.Process(target=_job, args=(r, n, str(folder), moment, victim, attempt)) for r in range(n)]
+    for p in ps: p.start()
+    return ps
+
+def wait(ps, until=lambda: False, seconds=120):
+    "Wait for all; when one dies, or it is time, the others are killed too, as a scheduler does"
+    end = time.monotonic()+seconds
+    while any(p.is_alive() for p in ps) and not any(p.exitcode for p in ps) and not until() and time.monotonic()<end: time.sleep(.005)
+    if any(p.exitcode for p in ps) or until():
+        for p in ps: p.kill()
+    for p in ps: p.join(max(end-time.monotonic(), 1))
+    codes = [p.exitcode for p in ps]
+    for p in ps: p.kill()
+    return codes
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+    "What a run of `n` processes gives, and how long it takes after it is ready"
+    res = {}
+    def _get(n):
+        if n not in res:
+            folder = tmp_path_factory.mktemp(f'whole{n}')
+            ps = start(n, folder)
+            while not (folder/'ready').exists(): time.sleep(.005)
+            t = time.monotonic()
+            assert wait(ps)==[0]*n
+            res[n] = torch.load(folder/'done.pt', weights_only=False),time.monotonic()-t
+        return res[n]
+    return _get
+
+def kill_and_go_on(n, folder, want, moment=None, victim=0, after=None):
+    ps = start(n, folder, moment, victim)
+    if after is None: codes = wait(ps)
+    else:
+        while not (folder/'ready').exists(): time.sleep(.005)
+        t = time.monotonic()+after
+        codes = wait(ps, lambda: time.monotonic()>t)
+    assert after is not None or codes[victim]==-signal.SIGKILL, codes
+    for attempt in (1, 2):
+        if (folder/'done.pt').exists(): break
+        assert wait(start(n, folder, attempt=attempt))==[0]*n
+    assert same(want, torch.load(folder/'done.pt', weights_only=False))
+
+moments = [('after_pred', 2), ('after_step', 8), ('before_validate', 2), ('write', 3), ('rename', 2), ('after_epoch', 2)]
+
+@pytest.mark.slow
+@pytest.mark.parametrize('moment', moments)
+def test_killed(tmp_path, uninterrupted, moment): kill_and_go_on(1, tmp_path, uninterrupted(1)[0], moment)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('moment,victim', [(('after_backward', 4), 1), (('write', 2), 0), (('before_validate', 2), 0)])
+def test_killed_2_ranks(tmp_path, uninterrupted, moment, victim): kill_and_go_on(2, tmp_path, uninterrupted(2)[0], moment, victim)
+
+def random_moment(seed, n):
+    "Half of them a time, half of them an event; `n` processes have a part of the batches each"
+    rng = random.Random(seed)
+    if seed%2: return dict(after=rng.random())
+    events = dict(before_batch=18//n, after_pred=18//n, after_backward=15//n-1, after_step=15//n-1, after_batch=18//n, before_validate=3, after_validate=3, after_epoch=3, write=20, rename=3)
+    event = rng.choice(list(events))
+    return dict(moment=(event, rng.randint(1, events[event])), victim=0 if event in ('write','rename') else rng.randrange(n)) # the first process writes
+
+@pytest.mark.kill
+@pytest.mark.parametrize('n', [1, 2])
+@pytest.mark.parametrize('seed', range(20))
+def test_killed_at_random(tmp_path, uninterrupted, n, seed):
+    want,seconds = uninterrupted(n)
+    m = random_moment(seed, n)
+    if 'after' in m: m['after'] *= seconds
+    kill_and_go_on(n, tmp_path, want, **m)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('n,sig,where', [(1,'SIGTERM','after_pred'), (1,'SIGUSR1','before_validate'), (2,'SIGTERM','after_pred'), (2,'SIGUSR1','before_validate')])
+def test_signals(tmp_path, uninterrupted, n, sig, where):
+    "Save, end the fit well, and say so; with two processes it is enough that one of them is told"
+    assert wait(start(n, tmp_path, (where, 7 if where=='after_pred' else 2, sig), n-1))==[0]*n
+    assert {(tmp_path/f'stopped{r}').read_text() for r in range(n)}<={sig, 'a signal to another process'} and not (tmp_path/'done.pt').exists()
+    assert wait(start(n, tmp_path, attempt=1))==[0]*n
+    assert same(uninterrupted(n)[0], torch.load(tmp_path/'done.pt', weights_only=False))
+
+def test_second_signal(tmp_path):
+    "The first is answered at the end of the step, the second at once; after the fit everything is as it was"
+    before = signal.getsignal(signal.SIGTERM)
+    learn = make(tmp_path)
+    class Twice(Watcher):
+        def after_pred(self):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert signal.getsignal(signal.SIGTERM)==before
+    learn.add_cb(Twice()); fit(learn)
+    assert learn.checkpoint.stopped=='SIGUSR1' and learn.checkpoint.files and signal.getsignal(signal.SIGTERM)==before
+    assert len(learn.recorder.losses)==1
+
+
+# Encoders
+
+class Own(nn.Module):
+    "An encoder that nobody else knows"
+    def __init__(self, width=8):
+        super().__init__()
+        self.body,self.pool = nn.Sequential(nn.Conv2d(3,width,3), nn.BatchNorm2d(width), nn.ReLU()),nn.AdaptiveAvgPool2d(1)
+    def forward(self, x): return self.pool(self.body(x)).flatten(1)
+
+def exported(tmp_path, enc, name='swav', stats=([.5]*3,[.25]*3)):
+    "The file of an encoder whose numbers are all different from those of a new one"
+    with torch.no_grad():
+        for o in enc.state_dict().values(): o.copy_(.1*torch.rand(o.shape) if o.is_floating_point() else 7)
+    learn = Learner(tensor_dls(images(c=3), bs=8), methods.model(name, enc=enc, n_features=4), cbs=callback(name, augs(name, stats=stats)))
+    return learn.export_encoder(tmp_path/'encoder.safetensors')
+
+def kinds(a): return [(k,v.dtype,v.shape) for k,v in a.state_dict().items()]
+def equal(a, b): return all(torch.equal(x, y) for x,y in zip(a.state_dict().values(), b.state_dict().values()))
+
+archs = [('resnet18', {}), ('xresnet18', {}), ('resnet18', dict(low_resolution=True)), ('squeezenet1_1', {}), ('test_mambaout', {}), ('vit_tiny_patch16_224', dict(pool_type='avg')), ('convnext_atto', {})]
+
+@pytest.mark.parametrize('arch,kwargs', archs)
+@pytest.mark.parametrize('name', methods.methods)
+def test_round_trip(tmp_path, arch, kwargs, name):
+    "A new encoder, built by what the header says, is equal to the bit"
+    enc   = create_encoder(arch, pretrained=False, **kwargs)
+    again = load_encoder(exported(tmp_path, enc, name))
+    assert kinds(again)==kinds(enc) and equal(again, enc) and str(again)==str(enc)
+    x = torch.rand(2,3,64,64)
+    with torch.no_grad(): assert torch.equal(again.eval()(x), enc.eval()(x)) and enc(x).isfinite().all()
+
+def test_timm_and_torchvision_of_one_name(tmp_path):
+    again = load_encoder(exported(tmp_path, create_timm_encoder('resnet18', pretrained=False)))
+    assert type(again)==timm.models.ResNet
+
+def test_half(tmp_path):
+    enc   = create_encoder('resnet18', pretrained=False).half()
+    again = load_encoder(exported(tmp_path, enc))
+    assert kinds(again)==kinds(enc) and equal(again, enc)
+
+def test_checkpointed(tmp_path):
+    "Gradient checkpointing is no part of the encoder"
+    for arch in ('resnet18','vit_tiny_patch16_224'):
+        enc = checkpoint_encoder(create_encoder(arch, pretrained=False, pool_type=None))
+        assert equal(load_encoder(exported(tmp_path, enc)), enc)
+
+def test_wrappers(tmp_path):
+    "Names are those of the encoder, whatever is wrapped around it or a part of it"
+    names = list(Own().state_dict())
+    compiled,inner,synced = torch.compile(Own()),Own(),nn.SyncBatchNorm.convert_sync_batchnorm(Own())
+    inner.body = torch.compile(inner.body)
+    for enc in (compiled, inner, synced):
+        f = exported(tmp_path, enc)
+        assert encoder_info(f)['order']==names
+        assert equal(load_encoder(f, Own()), enc)
+        assert equal(load_encoder(f, enc), enc)
+
+def _ddp(r, folder):
+    os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='localhost', MASTER_PORT='0')
+    tdist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=0, world_size=1)
+    enc = nn.parallel.DistributedDataParallel(Own())
+    f   = exported(Path(folder), enc)
+    assert encoder_info(f)['order']==list(Own().state_dict()) and equal(load_encoder(f, Own()), enc)
+    tdist.destroy_process_group()
+
+@pytest.mark.slow
+def test_ddp(tmp_path): mp.start_processes(_ddp, (str(tmp_path),), nprocs=1, start_method='forkserver')
+
+@pytest.mark.parametrize('lib', [torchvision.models.resnet18, partial(timm.create_model, 'resnet18')])
+@pytest.mark.parametrize('create', ['resnet18', 'timm'])
+def test_into_plain_models(tmp_path, lib, create):
+    "With the classifier they have, which keeps its weights, and without"
+    enc   = create_timm_encoder('resnet18', pretrained=False) if create=='timm' else create_encoder('resnet18', pretrained=False)
+    f     = exported(tmp_path, enc)
+    plain = lib()
+    head  = plain.fc.weight.clone()
+    assert load_encoder(f, plain) is plain and torch.equal(plain.fc.weight, head)
+    body  = [v for k,v in plain.state_dict().items() if not k.startswith('fc')]
+    assert len(body)==len(enc.state_dict()) and all(torch.equal(a, b) for a,b in zip(body, enc.state_dict().values()))
+    plain = lib(); plain.fc = nn.Identity()
+    assert equal(load_encoder(f, plain), enc)
+
+def test_plain_file_of_safetensors(tmp_path):
+    "Of another library: no header, so names have to agree"
+    from safetensors.torch import save_file
+    enc = Own(); save_file(enc.state_dict(), tmp_path/'x')
+    assert encoder_info(tmp_path/'x')=={} and equal(load_encoder(tmp_path/'x', Own()), enc)
+
+@pytest.mark.parametrize('into,msg', [
+    (lambda: timm.create_model('resnet34'), r"layer1.2.conv1.weight"), (lambda: timm.create_model('resnet50'), r"layer1.0.conv1.weight \(64, 64, 1, 1\) in the model"),
+    (lambda: create_encoder('resnet18', pretrained=False, n_in=1), r'0.weight \(64, 3, 7, 7\) in the file, 0.weight \(64, 1, 7, 7\) in the model'),
+    (lambda: nn.Sequential(*create_encoder('resnet18', pretrained=False)[:6]), 'has no counterpart in the model'),
+    (lambda: nn.Sequential(create_encoder('resnet18', pretrained=False), nn.Linear(1024,512), nn.BatchNorm1d(512)), 'has no counterpart in the file'),
+    (Own, r'0.weight \(64, 3, 7, 7\) in the file, body.0.weight \(8, 3, 3, 3\) in the model')])
+def test_another_architecture(tmp_path, into, msg):
+    "Nothing is loaded, and the first difference is named"
+    f,m = exported(tmp_path, create_encoder('resnet18', pretrained=False)),into()
+    before = {k:v.clone() for k,v in m.state_dict().items()}
+    with pytest.raises(ValueError, match=r'(?s)encoder.safetensors \(resnet18\) does not fit.*'+msg): load_encoder(f, m)
+    assert same(before, dict(m.state_dict()))
+
+def test_header(tmp_path):
+    info = encoder_info(exported(tmp_path, create_encoder('xresnet18', pretrained=False, n_in=3, low_resolution=True), 'simclr'))
+    assert (info['architecture'], info['method'], info['input_size'], info['normalization'])==('xresnet18', 'sim_clr', [12,12], {'mean':[.5]*3, 'std':[.25]*3})
+    assert info['create_encoder']['low_resolution'] is True and len(info['commit'])==40 or info['commit']=='unknown'
+    info = encoder_info(exported(tmp_path, Own(), stats=None))
+    assert info['architecture']=='Own' and info['normalization'] is None and info['create_encoder'] is None
+
+def test_wrong_files(tmp_path):
+    with pytest.raises(ValueError, match='holds a Own, which create_encoder does not know.*pass it as `encoder`'): load_encoder(exported(tmp_path, Own()))
+    with pytest.raises(ValueError, match='Sequential.*has no `encoder`'): Learner(tensor_dls(images(), bs=8), nn.Sequential(nn.Linear(1,1))).export_encoder(tmp_path/'x')
