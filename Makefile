@@ -14,7 +14,7 @@ comma      := ,
 
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test check lint sync notebooks pytest bench export clean-nbs
+.PHONY: help demo test check lint sync notebooks pytest test-kill bench export clean-nbs
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
@@ -41,8 +41,11 @@ notebooks: $(STAMP) ## run every notebook; none may fail or leave a file behind
 pytest: $(STAMP) ## the tests under tests/
 	$(PY) -m pytest
 
+test-kill: $(STAMP) ## kill training processes at 40 random moments and let them go on: three minutes, not part of test
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_checkpoint.py -m kill
+
 # The libraries of comparison are an extra. The parts are the files of benchmarks/ but measure.py.
-BENCH := views step loader loss checkpointing quality
+BENCH := views step monitor loader loss checkpointing quality
 
 bench: $(BENCH:%=bench-%) ## measure everything against peers and limits, on an idle machine: about an hour; one part alone: make bench-views
 

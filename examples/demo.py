@@ -36,18 +36,13 @@ def view_pipelines():
     return get_swav_aug_pipelines(num_crops=(2,4), crop_sizes=(28,14), min_scales=(.4,.1), max_scales=(1.,.4),
                                   jitter_s=.5, bw=False, blur=False, stats=None)
 
-def pretrain(x, x_test):
-    "The main job: a Learner, images without labels, and the callback"
+def pretrain(train, test):
+    "The main job: a Learner, images without labels, and the callback; labels only serve to watch"
     model = create_swav_model(small_encoder(), hidden_size=256, projection_size=128, n_protos=protos)
-    learn = Learner(tensor_dls(x, x_test, bs=128), model, cbs=SWAV(view_pipelines(), crop_assgn_ids=[0,1], K=None))
+    watch = OnlineKNN(tensor_dls(train, test, bs=500), every=3)
+    learn = Learner(tensor_dls(train[0], test[0], bs=128), model, cbs=[SWAV(view_pipelines(), crop_assgn_ids=[0,1], K=None), watch])
     learn.fit_one_cycle(epochs, 8e-3)
     return learn
-
-def judge(encoder, train, test):
-    "k-NN on all labels; linear classifiers on ten labels a class (five draws) and on all"
-    dls = tensor_dls(train, test, bs=500)
-    tr,te = extract_features(encoder, dls.train),extract_features(encoder, dls.valid)
-    return [knn(tr, te)], [linear_probe(sample_per_class(tr, 10, seed=i), te) for i in range(5)], [linear_probe(tr, te)]
 
 def from_scratch(train, test, epochs):
     "The same network and a linear layer, trained on labels: accuracy and encoder"
@@ -58,16 +53,10 @@ def from_scratch(train, test, epochs):
     return (logits.argmax(1)==test[1]).float().mean().item(), learn.model[0]
 
 def judge_from_scratch(train, test):
-    "What the labels alone give"
+    "What the labels alone give, in the place of the same questions"
     few = [from_scratch(sample_per_class(train, 10, seed=i), test, 50)[0] for i in range(5)]
     acc,encoder = from_scratch(train, test, 8)
-    return judge(encoder, train, test)[0], few, [acc]
-
-def table(rows):
-    "A Markdown table: mean, and the standard deviation over draws where there are several"
-    cell = lambda o: f'{100*np.mean(o):.1f}' + (f' ± {100*np.std(o, ddof=1):.1f}' if len(o)>1 else '')
-    lines = [f'| {"":28} | k-NN(20) | linear, 10 labels a class | linear, all labels |', '|---|---|---|---|']
-    return '\n'.join(lines + [f'| {nm:28} | {cell(a):8} | {cell(b):25} | {cell(c):18} |' for nm,(a,b,c) in rows.items()])
+    return [knn(encoder, tensor_dls(train, test, bs=500)), Result('linear, 10 labels a class', few), Result('linear, all labels', [acc])]
 
 def save(fig, nm):
     fig.savefig(out/nm, dpi=110)
@@ -119,14 +108,14 @@ def main():
     set_seed(42)
     train,test = fashion_mnist()
     print(f'{len(train[0])} images of Fashion-MNIST to learn from, {len(test[0])} to judge on\n\nSwAV, without labels:')
-    learn = pretrain(train[0], test[0])
+    learn = pretrain(train, test)
 
     print('\nJudging the encoders and training the same network on labels ...')
     set_seed(0)
-    res = table({'random encoder':judge(small_encoder(), train, test), 'SwAV, no labels':judge(learn.model.encoder, train, test),
-                 'from scratch on the labels':judge_from_scratch(train, test)})
-    print(f'\nAccuracy on test images, in %\n\n{res}\n')
-    (out/'table.md').write_text(res+'\n')
+    res = compare({'random encoder':small_encoder(), 'SwAV, no labels':learn, 'from scratch on the labels':judge_from_scratch(train, test)},
+                  tensor_dls(train, test, bs=500))
+    print(f'\nOn test images\n\n{res}\n')
+    (out/'table.md').write_text(f'{res}\n')
 
     plot_views(learn)
     plot_loss(learn)

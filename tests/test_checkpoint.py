@@ -20,6 +20,7 @@ from self_supervised import checkpoint
 from self_supervised.checkpoint import Checkpoint, _batches_after, _rngs, encoder_info, load_encoder, read_whole, write_whole
 from self_supervised.core import Watcher
 from self_supervised.data import tensor_dls
+from self_supervised.dist import world_size
 from self_supervised.layers import checkpoint_encoder, create_encoder, create_timm_encoder
 from self_supervised.vision.swav import SWAV
 
@@ -28,7 +29,12 @@ from methods import augs, callback, images
 
 mp.set_forkserver_preload(['self_supervised.all', 'methods'])
 
-def encoder(): return nn.Sequential(nn.Conv2d(1,8,3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(.2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+class Sometimes(nn.Module):
+    "A layer that is left out by chance: then its parameters have no gradient, or an old one of zero (DDP does not allow it)"
+    def __init__(self): super().__init__(); self.layer = nn.Linear(8,8)
+    def forward(self, x): return self.layer(x) if torch.rand(1)<.4 or world_size()>1 else x
+
+def encoder(): return nn.Sequential(nn.Conv2d(1,8,3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(.2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Sometimes())
 
 def make(folder, name='swav', seed=42, dls=None, cb=None, cbs=(), steps=3, keep=2, **kwargs):
     "A small run: 5 batches an epoch, a queue that fills in the second step, dropout, batch norm, a shuffled order"
@@ -91,7 +97,7 @@ def test_nothing_saved_yet(tmp_path):
     with pytest.raises(ValueError, match='there is no checkpoint in .*missing_ok=True'): make(tmp_path).resume()
 
 @pytest.mark.parametrize('kwargs', [
-    dict(cbs=[partial(GradientAccumulation, 24)], steps=1), # a checkpoint between two optimizer steps, with half of the gradient
+    dict(cbs=[partial(GradientAccumulation, 24)], steps=1, nth=8), # a checkpoint between two optimizer steps, with half of the gradient
     dict(cbs=[partial(GradientClip, .1)]), dict(opt_func=partial(SGD, mom=.9)), dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)),
     dict(cb=lambda: SWAV(augs('swav'), [0,1], K=12, freeze_prototypes_niters=7), steps=1), # the first loss of the prototypes' gradient comes later
     dict(cb=lambda: SWAV(augs('swav'), [0,1], K=None, hard_codes=True)), dict(keep=1)],
@@ -122,6 +128,15 @@ def test_callbacks(tmp_path):
     assert torch.equal(whole.own.net.weight, learn.own.net.weight)
     assert whole.save_model.best==min(o[1] for o in whole.recorder.values) # and it is a value of the whole run
 
+def test_columns(tmp_path):
+    "What a callback showed in the table in the first epoch, it still shows"
+    class Once(Watcher):
+        columns = ('once',)
+        def after_train(self):
+            if self.epoch==0: self.now['once'] = 7
+    whole,learn = check(tmp_path, cbs=[Once])
+    assert [o[2] for o in learn.recorder.values]==[7]*3
+
 def test_finished(tmp_path):
     "A finished run that is started again does nothing and has its results"
     whole = make(tmp_path); fit(whole)
@@ -135,7 +150,7 @@ def test_several_fits(tmp_path):
         with learn.no_bar(), learn.no_logging():
             learn.lr_find(num_it=5, show_plot=False, suggest_funcs=None)
             learn.fit_one_cycle(2, 1e-2); learn.validate(); learn.swav.temp = .2; learn.fit_one_cycle(2, 1e-3)
-    check(tmp_path, 'after_backward', 5+10+3, script)
+    check(tmp_path, 'after_backward', 5+10+8, script)
 
 def test_saving_changes_nothing(tmp_path):
     a = make(tmp_path/'a', steps=1); fit(a)
@@ -215,6 +230,24 @@ def test_other_schedule(tmp_path):
     with pytest.raises(ValueError, match=r'param_scheduler.lr'): slower(learn)
     learn = make(tmp_path); learn.resume('param_scheduler.lr'); slower(learn)
     assert max(learn.recorder.lrs[6:])<=1e-4
+
+def test_other_hypers(tmp_path):
+    def decayed(learn, wd):
+        with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2, wd=wd)
+    learn = make(tmp_path); learn.add_cb(Die('after_pred', 7))
+    with pytest.raises(KeyboardInterrupt): decayed(learn, .1)
+    learn = make(tmp_path); learn.resume()
+    with pytest.raises(ValueError, match=r'hypers\[0\].wd: 0.1 → 0.5'): decayed(learn, .5)
+    learn = make(tmp_path); learn.resume(['hypers']); decayed(learn, .5)
+    assert learn.opt.hypers[0]['wd']==.5 and max(s['step'] for s in learn.opt.state.values() if 'step' in s)==15
+
+def test_more_epochs(tmp_path):
+    "A longer run than was planned goes on at its own place in the schedule"
+    learn = make(tmp_path/'short'); learn.add_cb(Die('after_pred', 9))
+    with pytest.raises(KeyboardInterrupt): fit(learn, 2)
+    whole = make(tmp_path/'long'); fit(whole, 4)
+    learn = make(tmp_path/'short'); learn.resume(['n_epoch','param_scheduler.lr','param_scheduler.mom']); fit(learn, 4)
+    assert learn.recorder.lrs[6:]==pytest.approx(whole.recorder.lrs[6:])
 
 def test_wrong_use(tmp_path):
     for kwargs,msg in ((dict(minutes=0), 'minutes=0 must be positive'), (dict(steps=-1), 'steps=-1'), (dict(keep=0), 'keep=0')):
@@ -390,26 +423,52 @@ def test_killed_at_random(tmp_path, uninterrupted, n, seed):
     if 'after' in m: m['after'] *= seconds
     kill_and_go_on(n, tmp_path, want, **m)
 
+@pytest.fixture(autouse=True)
+def signals():
+    "The handlers of before, whatever a test leaves"
+    old = {o:signal.getsignal(o) for o in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for o,h in old.items(): signal.signal(o, h)
+
+def test_signal_after_an_error(tmp_path):
+    "A fit that ended in an error does not keep the signals"
+    got = []
+    signal.signal(signal.SIGUSR1, lambda *_: got.append(1))
+    learn = make(tmp_path); learn.add_cb(Die('after_pred', 2))
+    with pytest.raises(KeyboardInterrupt): fit(learn)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert got==[1] and learn.checkpoint.stopped is None
+
 @pytest.mark.slow
 @pytest.mark.parametrize('n,sig,where', [(1,'SIGTERM','after_pred'), (1,'SIGUSR1','before_validate'), (2,'SIGTERM','after_pred'), (2,'SIGUSR1','before_validate')])
 def test_signals(tmp_path, uninterrupted, n, sig, where):
     "Save, end the fit well, and say so; with two processes it is enough that one of them is told"
     assert wait(start(n, tmp_path, (where, 7 if where=='after_pred' else 2, sig), n-1))==[0]*n
     assert {(tmp_path/f'stopped{r}').read_text() for r in range(n)}<={sig, 'a signal to another process'} and not (tmp_path/'done.pt').exists()
+    steps = {1:{'after_pred':5, 'before_validate':10}, 2:{'after_pred':4, 'before_validate':4}}[n][where] # the 7th forward pass is in the second epoch, one of each is validation
+    assert int(max((tmp_path/'run').glob('*.ckpt')).stem[-9:])>=steps
     assert wait(start(n, tmp_path, attempt=1))==[0]*n
     assert same(uninterrupted(n)[0], torch.load(tmp_path/'done.pt', weights_only=False))
 
 def test_second_signal(tmp_path):
     "The first is answered at the end of the step, the second at once; after the fit everything is as it was"
-    before = signal.getsignal(signal.SIGTERM)
-    learn = make(tmp_path)
+    before,learn = signal.getsignal(signal.SIGTERM),make(tmp_path)
     class Twice(Watcher):
         def after_pred(self):
-            os.kill(os.getpid(), signal.SIGUSR1)
+            if self.training: os.kill(os.getpid(), signal.SIGUSR1)
             assert signal.getsignal(signal.SIGTERM)==before
     learn.add_cb(Twice()); fit(learn)
     assert learn.checkpoint.stopped=='SIGUSR1' and learn.checkpoint.files and signal.getsignal(signal.SIGTERM)==before
     assert len(learn.recorder.losses)==1
+    assert len(learn.validate())==1 # is no fit to be stopped
+
+def test_weights_of_a_callback(tmp_path):
+    "What others do to the weights when a fit begins is undone"
+    class Shrink(Watcher):
+        def before_fit(self):
+            super().before_fit()
+            with torch.no_grad(): self.model.encoder[0].weight.mul_(.5)
+    check(tmp_path, cbs=[Shrink])
 
 
 # Encoders
@@ -505,6 +564,8 @@ def test_plain_file_of_safetensors(tmp_path):
     (lambda: create_encoder('resnet18', pretrained=False, n_in=1), r'0.weight \(64, 3, 7, 7\) in the file, 0.weight \(64, 1, 7, 7\) in the model'),
     (lambda: nn.Sequential(*create_encoder('resnet18', pretrained=False)[:6]), 'has no counterpart in the model'),
     (lambda: nn.Sequential(create_encoder('resnet18', pretrained=False), nn.Linear(1024,512), nn.BatchNorm1d(512)), 'has no counterpart in the file'),
+    (lambda: nn.Sequential(create_encoder('resnet18', pretrained=False), nn.Linear(1024,512), nn.Linear(512,10)), 'has no counterpart in the file'),
+    (lambda: nn.Sequential(create_encoder('resnet18', pretrained=False), nn.Unflatten(1, (1024,1,1)), nn.Conv2d(1024,10,1)), 'has no counterpart in the file'),
     (Own, r'0.weight \(64, 3, 7, 7\) in the file, body.0.weight \(8, 3, 3, 3\) in the model')])
 def test_another_architecture(tmp_path, into, msg):
     "Nothing is loaded, and the first difference is named"
