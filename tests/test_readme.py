@@ -1,13 +1,13 @@
 """What the README says works: its Python runs as written, from top to bottom, its commands are the few that are promised, its links lead somewhere.
 
-Two things are arranged: `path/to/images`, which stands for the reader's own folder, is a folder of small JPEGs, and a fit lasts one epoch."""
+Two things are arranged: `path/to/images` and `path/to/labelled`, which stand for the reader's own folders, have small JPEGs, and a fit lasts one epoch."""
 import re, shlex
 
 import pytest
 from fastai.learner import Learner
 from PIL import Image
 
-placeholder,n_images = 'path/to/images',64
+placeholder,labelled,n_images = 'path/to/images','path/to/labelled',64
 
 def blocks(text):
     "Fenced blocks of a Markdown text, as (language, code)"
@@ -52,10 +52,11 @@ def test_languages(readme):
 def test_python(readme, tmp_path, monkeypatch):
     codes = [code for lang,code in blocks(readme) if lang=='python']
     assert codes and any(placeholder in c for c in codes), 'the README shows no Python for a folder of images'
-    (tmp_path/placeholder).mkdir(parents=True)
-    for i in range(n_images):
+    folders = [placeholder, *(f'{labelled}/{o}' for o in 'abc')]
+    for o in folders: (tmp_path/o).mkdir(parents=True)
+    for i in range(n_images*2):
         small = Image.effect_noise((6+i%3, 6), 90).convert('RGB')
-        small.resize((80+10*(i%3), 80)).save(tmp_path/placeholder/f'{i}.jpg')
+        small.resize((80+10*(i%3), 80)).save(tmp_path/folders[0 if i<n_images else 1+i%3]/f'{i}.jpg')
     monkeypatch.chdir(tmp_path)
     fit = Learner.fit
     monkeypatch.setattr(Learner, 'fit', lambda self, n_epoch, *args, **kwargs: fit(self, 1, *args, **kwargs))
