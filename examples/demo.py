@@ -2,7 +2,7 @@
 
 Run with `make demo`: about four minutes on two cores. Prints a table and writes pictures and the encoder to demo/.
 """
-import subprocess, sys, time, warnings
+import shutil, subprocess, sys, time, warnings
 from pathlib import Path
 warnings.filterwarnings('ignore', category=FutureWarning)      # of libraries that import torch.jit
 warnings.filterwarnings('ignore', category=DeprecationWarning) # of matplotlib, about fastai's image type
@@ -11,7 +11,6 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 from fastai.vision.all import *
-from sklearn.manifold import TSNE
 
 from self_supervised.all import *
 
@@ -37,10 +36,12 @@ def view_pipelines():
                                   jitter_s=.5, bw=False, blur=False, stats=None)
 
 def pretrain(train, test):
-    "The main job: a Learner, images without labels, and the callback; labels only serve to watch"
+    "The main job: a Learner, images without labels, and the callback. Labels only serve to watch; if the demo is killed, the next one goes on from its last epoch"
     model = create_swav_model(small_encoder(), hidden_size=256, projection_size=128, n_protos=protos)
     watch = OnlineKNN(tensor_dls(train, test, bs=500), every=3)
-    learn = Learner(tensor_dls(train[0], test[0], bs=128), model, cbs=[SWAV(view_pipelines(), crop_assgn_ids=[0,1], K=None), watch])
+    learn = Learner(tensor_dls(train[0], test[0], bs=128), model,
+                    cbs=[SWAV(view_pipelines(), crop_assgn_ids=[0,1], K=None), watch, CollapseMonitor(), Checkpoint(out/'checkpoints', epochs=1)])
+    learn.resume(missing_ok=True)
     learn.fit_one_cycle(epochs, 8e-3)
     return learn
 
@@ -77,29 +78,21 @@ def plot_loss(learn):
     ax.set(title='Swapped-prediction loss', xlabel='epoch', ylabel='loss'); ax.legend()
     save(fig, 'loss.png')
 
-def plot_prototypes(learn, x, n=8, k=10):
-    "For the prototypes with the most images, the images nearest to them"
-    with torch.no_grad(): _,scores = learn.model.eval()([unit_float(x)])
-    used = scores.argmax(1).bincount(minlength=protos).topk(n).indices
-    fig,axs = plt.subplots(n, k, figsize=(k*.62, n*.68), layout='constrained')
-    for row,p in zip(axs, used):
-        for ax,i in zip(row, scores[:,p].topk(k).indices): show_image(x[i], ax=ax, cmap='gray')
-        row[0].text(-.35, .5, f'#{p}', transform=row[0].transAxes, ha='right', va='center', fontsize=9)
-    fig.suptitle('Nearest images to eight prototypes, found without labels', fontsize=10)
-    save(fig, 'prototypes.png')
+def plot_monitor(learn): save(learn.collapse_monitor.plot()[0].figure, 'monitor.png')
 
-def plot_map(feats, labels):
-    xy = TSNE(init='pca', random_state=0).fit_transform(F.normalize(feats, dim=1).numpy())
-    fig,ax = plt.subplots(figsize=(7.5,5.5), layout='constrained')
-    for c,nm in enumerate(fashion_mnist_classes): ax.scatter(*xy[labels.numpy()==c].T, s=9, color=f'C{c}', label=nm)
-    ax.set(title='Test images by their SwAV features (t-SNE); the colours are labels the encoder never saw', xticks=[], yticks=[])
-    ax.title.set_fontsize(10); ax.legend(loc='center left', bbox_to_anchor=(1,.5), markerscale=2, fontsize=9)
-    save(fig, 'map.png')
+def plot_prototypes(learn, dl):
+    axes = show_prototypes(learn, dl)
+    axes[0].figure.suptitle('Nearest images to eight prototypes, found without labels', fontsize=10)
+    save(axes[0].figure, 'prototypes.png')
+
+def plot_features(learn, dl):
+    ax, = plot_map(learn, dl, method='tsne', figsize=(7.5,5.5))
+    ax.set_title('Test images by their SwAV features (t-SNE); the colours are labels the encoder never saw', fontsize=10)
+    save(ax.figure, 'map.png')
 
 def features_of_saved_encoder():
     "In a fresh process: load the encoder and write its test features"
-    encoder = small_encoder()
-    encoder.load_state_dict(torch.load(out/'encoder.pth', weights_only=True))
+    encoder = load_encoder(out/'encoder.safetensors', small_encoder())
     torch.save(extract_features(encoder, tensor_dls(*fashion_mnist(), bs=500).valid)[0], out/'features.pth')
 
 def main():
@@ -119,14 +112,16 @@ def main():
 
     plot_views(learn)
     plot_loss(learn)
-    plot_prototypes(learn, train[0])
-    feats,labels = extract_features(learn.model.encoder, tensor_dls(train, test, bs=500).valid)
-    plot_map(feats, labels)
+    plot_monitor(learn)
+    dls = tensor_dls(train, test, bs=500, vocab=fashion_mnist_classes, drop_last=False)
+    plot_prototypes(learn, dls.train)
+    plot_features(learn, dls.valid)
 
-    torch.save(learn.model.encoder.state_dict(), out/'encoder.pth')
+    learn.export_encoder(out/'encoder.safetensors')
     subprocess.run([sys.executable, __file__, 'features'], check=True)
-    assert torch.equal(feats, torch.load(out/'features.pth', weights_only=True)), 'the saved encoder gives other features'
-    print(f'The encoder is in {out}/encoder.pth (loaded in a fresh process, it gives the same features),\n'
+    assert torch.equal(extract_features(learn, dls.valid)[0], torch.load(out/'features.pth', weights_only=True)), 'the saved encoder gives other features'
+    shutil.rmtree(out/'checkpoints') # this run is done: the next demo begins anew
+    print(f'The encoder is in {out}/encoder.safetensors (loaded in a fresh process, it gives the same features),\n'
           f'pictures are in {out}/: {", ".join(sorted(o.name for o in out.glob("*.png")))}. {time.time()-start:.0f} s in all.')
 
 if __name__=='__main__': features_of_saved_encoder() if sys.argv[1:]==['features'] else main()

@@ -1,5 +1,6 @@
 "The columns of OnlineKNN and OnlineProbe say what `knn` and `linear_probe` say, and the run is the same to the bit with and without them"
-import gc, io, math, pickle, random
+import gc, math, random
+from functools import partial
 
 import pytest, torch
 from fastai.callback.core import Callback, CancelFitException
@@ -9,6 +10,7 @@ from fastai.learner import Learner, load_learner
 from fastai.torch_core import set_seed
 from torch import nn
 
+from self_supervised.checkpoint import Checkpoint
 from self_supervised.data import tensor_dls
 from self_supervised.evaluation import OnlineKNN, OnlineProbe, knn, linear_probe
 
@@ -28,11 +30,11 @@ def both(dls=None, **kwargs):
     dls = labelled() if dls is None else dls
     return [OnlineKNN(dls, k=5, **kwargs), OnlineProbe(dls, **kwargs)]
 
-def fit(name, cbs=(), epochs=3, dls=None, **kwargs):
+def fit(name, cbs=(), epochs=3, dls=None, start_epoch=0, **kwargs):
     set_seed(3)
     dls = tensor_dls(images(), images(12), bs=8, seed=0) if dls is None else dls
     learn = learner(name, dls, model(name, enc=encoder()), cbs=cbs, **kwargs)
-    quiet(learn, epochs, .05)
+    quiet(learn, epochs, .05, start_epoch=start_epoch)
     return learn
 
 def trace(learn):
@@ -65,14 +67,21 @@ def test_columns():
     assert learn.recorder.metric_names==['epoch','train_loss','valid_loss','knn','probe','time']
     rows = [o[-2:] for o in learn.recorder.values]
     assert [o[0] for o in rows]==[o[0] for o in want] and max(o[0] for o in rows)>1/3
-    assert math.isnan(rows[0][1]) and [o[1] for o in rows[1:]]==[want[i][1] for i in (1,1,3,4)]
-    assert learn.online_knn.history==[[i,o[0]] for i,o in enumerate(want)] and learn.online_probe.history==[[i,want[i][1]] for i in (1,3,4)]
+    assert [o[1] for o in rows]==[want[i][1] for i in (0,0,2,2,4)]
+    assert learn.online_knn.history==[[i,o[0]] for i,o in enumerate(want)] and learn.online_probe.history==[[i,want[i][1]] for i in (0,2,4)]
     assert not len(learn.metrics)
 
+def test_from_a_later_epoch():
+    "No number before there is one"
+    learn = fit('swav', [OnlineProbe(labelled(), every=2)], epochs=4, start_epoch=1)
+    accs = [o[-1] for o in learn.recorder.values if len(o)]
+    assert math.isnan(accs[0]) and [e for e,_ in learn.online_probe.history]==[2,3] and accs[1:]==[a for _,a in learn.online_probe.history]
+
 def test_statistics_and_precision_are_passed_on():
-    dls = labelled()
-    learn = fit('swav', [OnlineKNN(dls, k=5, stats=([.5],[.1]), half=True)], epochs=1)
-    assert learn.recorder.values[0][-1]==float(knn(learn, dls, k=5, stats=([.5],[.1]), half=True))
+    dls,kw = labelled(200, classes=8),dict(stats=([.9],[.02]), half=True)
+    learn = fit('swav', [OnlineKNN(dls, k=20, temp=.002, **kw), OnlineProbe(dls, C=1e-4, **kw)], epochs=1)
+    want = [[float(f(learn, dls, **k)) for f,k in ((partial(knn, temp=.002), o), (partial(linear_probe, C=1e-4), o))] for o in (kw, {})]
+    assert learn.recorder.values[0][-2:]==want[0] and all(a!=b for a,b in zip(*want)) and all(a!=float(f(learn, dls, **kw)) for a,f in zip(want[0], (knn,linear_probe)))
 
 def test_save_model(tmp_path):
     "The encoder that is kept is that of the best epoch"
@@ -80,11 +89,11 @@ def test_save_model(tmp_path):
     class Keep(Callback):
         order = 90
         def after_epoch(self): states.append({k:v.clone() for k,v in self.model.state_dict().items()})
-    for every in (1,2): # with 2 there is nothing to compare in the first epoch
+    for every in (1,2):
         states.clear()
         learn = fit('swav', [OnlineKNN(dls, every=every, k=5), SaveModelCallback(monitor='knn'), Keep()], epochs=4, path=tmp_path)
         accs = [o[-1] for o in learn.recorder.values]
-        best = max(range(4), key=lambda i: (-1 if math.isnan(accs[i]) else accs[i], -i))
+        best = max(range(4), key=lambda i: (accs[i], -i))
         assert all(torch.equal(v, states[best][k]) for k,v in learn.model.state_dict().items())
 
 def test_second_fit_and_exceptions():
@@ -100,6 +109,7 @@ def test_second_fit_and_exceptions():
     quiet(learn, 2)
     assert [e for e,_ in learn.online_knn.history]==[0,1] and learn.recorder.metric_names[3:5]==['knn','probe'] and len(learn.recorder.metric_names)==6
 
+@pytest.mark.filterwarnings('ignore:load_learner:UserWarning')
 def test_lr_find_and_export(tmp_path):
     "Nothing is judged in `lr_find`, and the run after it is the same; the data does not go into the file"
     def run(cbs):
@@ -109,12 +119,15 @@ def test_lr_find_and_export(tmp_path):
         return learn
     learn = run(both(labelled(2000)))
     assert_same(trace(run(())), trace(learn))
+    history = learn.online_knn.history
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=6, show_plot=False)
+    assert learn.online_knn.history is history and len(history)==2
     learn.export('a.pkl')
     assert (tmp_path/'a.pkl').stat().st_size<200_000 and learn.online_knn.labelled is not None # the images are 1 MB
     loaded = load_learner(tmp_path/'a.pkl')
     assert loaded.online_knn.history==learn.online_knn.history
     loaded.dls = learn.dls
-    with pytest.raises(ValueError, match='online_knn lost its DataLoaders.*set learn.online_knn.labelled'): quiet(loaded, 1)
+    with pytest.raises(ValueError, match='online_knn has no DataLoaders.*set learn.online_knn.labelled'): quiet(loaded, 1)
     for o in (loaded.online_knn, loaded.online_probe): o.labelled = labelled()
     quiet(loaded, 1)
 
@@ -129,13 +142,26 @@ def test_memory_does_not_grow():
     fit('swav', [*both(dls), Count()], epochs=6)
     assert max(counts[1:])-min(counts[1:]) < 100
 
-def test_plain_state():
-    "What a checkpoint of the callbacks needs is numbers and lists"
-    learn = fit('swav', both())
-    for o in (learn.online_knn, learn.online_probe):
-        assert all(type(e) is int and type(a) is float for e,a in o.history) and type(next(iter(o.now.values()))) is float
-        assert pickle.loads(pickle.dumps(o.history))==o.history
-        torch.save(o, io.BytesIO())
+def test_resume(tmp_path):
+    "The numbers go on where they were, and neither the data nor an argument that may be another comes out of the checkpoint"
+    class Stop(Callback):
+        def before_train(self):
+            if self.epoch==3: raise CancelFitException
+    def run(*cbs, every=2, resume=False):
+        set_seed(3)
+        learn = learner('swav', tensor_dls(images(), images(12), bs=8, seed=0), model('swav', enc=encoder()), cbs=[OnlineKNN(data, every=every, k=5), *cbs])
+        if resume: learn.resume('stop')
+        quiet(learn, 6, .05)
+        return learn
+    data = [[*dl] for dl in labelled(300)] # lists of tensors, which a checkpoint could take for state
+    whole = run()
+    run(Checkpoint(tmp_path, minutes=None, epochs=1), Stop())
+    assert max(o.stat().st_size for o in tmp_path.iterdir()) < 100_000 # the images are 150 kB
+    data = [[*dl] for dl in labelled(280)]
+    again = run(Checkpoint(tmp_path), every=4, resume=True)
+    assert again.online_knn.history[:2]==whole.online_knn.history[:2] and [e for e,_ in again.online_knn.history]==[0,2,4,5]
+    assert again.online_knn.every==4 and len(again.online_knn.labelled[0][0][0])==8 and sum(len(y) for _,y in again.online_knn.labelled[0])==280
+    assert [o[-1] for o in again.recorder.values][:4]==[o[-1] for o in whole.recorder.values][:4]
 
 @pytest.mark.parametrize('cb,msg', [
     (lambda: OnlineKNN(tensor_dls(images(), images(12), bs=8)), 'dls.train has no labels'),

@@ -54,7 +54,7 @@ def test_python(readme, tmp_path, monkeypatch):
     assert codes and any(placeholder in c for c in codes), 'the README shows no Python for a folder of images'
     folders = [placeholder, *(f'{labelled}/{o}' for o in 'abc')]
     for o in folders: (tmp_path/o).mkdir(parents=True)
-    for i in range(n_images*2):
+    for i in range(n_images*3):
         small = Image.effect_noise((6+i%3, 6), 90).convert('RGB')
         small.resize((80+10*(i%3), 80)).save(tmp_path/folders[0 if i<n_images else 1+i%3]/f'{i}.jpg')
     monkeypatch.chdir(tmp_path)
