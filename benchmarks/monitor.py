@@ -22,7 +22,6 @@ from torch import nn
 
 from measure import paired, pictures, save, seconds
 from self_supervised.all import *
-from self_supervised.diagnostics import CollapseMonitor
 from step import augs, cases, conv4, swav
 
 # The cost
@@ -37,7 +36,7 @@ class Clock(CollapseMonitor):
     def before_fit(self): super().before_fit(); self.spent = []
     def after_loss(self): self.spent.append(seconds(super().after_loss))
 
-def cost(name, steps=20, rounds=4):
+def cost(name, steps=20, rounds=3):
     "A row of the first table"
     new,nf,bs,px,counts,sizes = cost_cases[name]
     def _learner(*cbs): return Learner(tensor_dls(pictures(bs*steps, px), bs=bs), swav(new(), nf), cbs=[SWAV(augs(counts, sizes), [0,1], K=None), *cbs],
