@@ -398,7 +398,9 @@ def _resumed_fit(learn, cb, override, path):
     if not rank(): print(f'Going on from {path}: epoch {saved["epoch"]}, batch {saved["batch"]}')
     if saved['batch']: learn.all_batches = partial(_rest_of_epoch, learn, cb, override)
     else: cb._restore(override)
-    if hasattr(getattr(learn, 'progress', None), 'mbar'): learn.progress.mbar.update(0) # it wants to see the beginning
+    if bar := getattr(vars(learn).get('progress'), 'mbar', None):
+        bar.update(0)
+        bar.main_bar.first_its = learn.n_epoch # the epochs that are not run here would make it wait for long
     for learn.epoch in range(saved['epoch'], learn.n_epoch): learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
 
 def _rest_of_epoch(learn, cb, override):
