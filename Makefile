@@ -41,7 +41,7 @@ notebooks: $(STAMP) ## run every notebook; none may fail or leave a file behind
 pytest: $(STAMP) ## the tests under tests/
 	$(PY) -m pytest
 
-test-kill: $(STAMP) ## kill training processes at 40 random moments and let them go on: three minutes, not part of test
+test-kill: $(STAMP) ## kill training processes at 40 random moments and let them go on: one to three minutes, not part of test
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_checkpoint.py -m kill
 
 # The libraries of comparison are an extra. The parts are the files of benchmarks/ but measure.py.
