@@ -342,9 +342,9 @@ def _newest(self:Checkpoint):
     bad = []
     for f in reversed(self.files):
         try: return f,read_whole(f)
-        except ValueError as e: bad.append(str(e))
-        finally:
-            if bad and not rank(): warnings.warn(bad[-1], stacklevel=3)
+        except ValueError as e:
+            bad.append(str(e))
+            if not rank(): warnings.warn(bad[-1], stacklevel=3)
     if bad: raise ValueError(f'no checkpoint in {self.folder} is whole, so the run cannot go on: start again in another folder. ' + '; '.join(bad))
     raise ValueError(f'there is no checkpoint in {self.folder}: give the folder of the run to Checkpoint, or pass missing_ok=True to start a new one')
 
