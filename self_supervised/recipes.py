@@ -25,7 +25,7 @@ from .core import SSLCallback, check_size, notice_once, ssl_methods
 from .dist import world_size
 from .layers import create_encoder, encoder_channels
 from .optimizer import LARC, LARS, warmup_cos
-import self_supervised.vision.simclr, self_supervised.vision.swav # noqa: F401 (register their methods)
+import self_supervised.vision.swav, self_supervised.vision.simclr # noqa: F401 (register their methods)
 
 # %% ../nbs/64_recipes.ipynb #57efe177
 _opts = dict(larc=LARC, lars=LARS, sgd=partial(SGD, decouple_wd=False), adam=Adam)

@@ -1,0 +1,125 @@
+"LARC, LARS and the schedule, against the formulas written out"
+from functools import partial
+
+import numpy as np, pytest, torch
+from fastai.callback.core import Callback
+from fastai.callback.schedule import ParamScheduler
+from fastai.learner import Learner
+from fastai.losses import MSELossFlat
+from fastai.optimizer import Optimizer
+from torch import nn
+
+from methods import images, quiet
+from self_supervised.checkpoint import Checkpoint
+from self_supervised.data import tensor_dls
+from self_supervised.optimizer import LARC, LARS, warmup_cos
+
+eta,m = 1e-3,.9
+
+def larc(ws, grads, lrs, wd, clip, exempt):
+    "apex's LARC over SGD, in float64, one weight vector after the other"
+    res = []
+    for w,gs,free in zip(ws, grads, exempt):
+        w,v = w.astype(float).copy(),np.zeros(w.shape)
+        for g,lr in zip(gs, lrs):
+            g = g.astype(float)
+            if not free:
+                rate = eta*np.sqrt((w**2).sum())/(np.sqrt((g**2).sum()) + wd*np.sqrt((w**2).sum()))
+                if clip: rate = min(rate/lr, 1)
+                g = rate*(g + wd*w)
+            v = m*v + g
+            w = w - lr*v
+        res.append(w)
+    return res
+
+def lars(ws, grads, lrs, wd, exempt):
+    "You et al. 2017, algorithm 1"
+    res = []
+    for w,gs,free in zip(ws, grads, exempt):
+        w,v = w.astype(float).copy(),np.zeros(w.shape)
+        for g,lr in zip(gs, lrs):
+            local = 1. if free else eta*np.linalg.norm(w.ravel())/(np.linalg.norm(g.ravel()) + wd*np.linalg.norm(w.ravel()))
+            v = m*v + lr*local*(g + (0 if free else wd)*w)
+            w = w - v
+        res.append(w)
+    return res
+
+lrs = [.3, 1., 4.8, 4.8, .5]
+rng = np.random.default_rng(0)
+ws  = [rng.normal(size=s).astype(np.float32) for s in ((5,3),(4,),(2,2,3))]
+gs  = [[rng.normal(size=w.shape).astype(np.float32)*10.**-i for i in range(len(lrs))] for w in ws]
+
+def ours(opt_func, exempt, **kwargs):
+    ps  = [nn.Parameter(torch.tensor(w)) for w in ws]
+    opt = opt_func(ps, lr=1., **kwargs)
+    for p,free in zip(ps, exempt):
+        if free: opt.state[p]['do_wd'] = False
+    for i,lr in enumerate(lrs):
+        for p,g in zip(ps, gs): p.grad = torch.tensor(g[i])
+        opt.set_hyper('lr', lr)
+        opt.step()
+    return [p.detach().numpy() for p in ps]
+
+@pytest.mark.parametrize('wd', [0., 1e-6, .1])
+@pytest.mark.parametrize('exempt', [(False,)*3, (False,True,False)])
+@pytest.mark.parametrize('clip', [False, True])
+def test_larc(wd, exempt, clip):
+    for a,b in zip(ours(LARC, exempt, wd=wd, clip=clip), larc(ws, gs, lrs, wd, clip, exempt)): np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-6)
+
+@pytest.mark.parametrize('wd', [0., 1e-6, .1])
+@pytest.mark.parametrize('exempt', [(False,)*3, (False,True,False)])
+def test_lars(wd, exempt):
+    for a,b in zip(ours(LARS, exempt, wd=wd), lars(ws, gs, lrs, wd, exempt)): np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-6)
+
+def test_without_gradient_or_length():
+    ps = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))]
+    opt = LARC(ps, lr=.5, wd=0.)
+    ps[0].grad,ps[1].grad = torch.ones(3),torch.zeros(3)
+    opt.step()
+    assert ps[0].tolist()==[-.5]*3 and ps[1].tolist()==ps[2].tolist()==[1.]*3
+    opt.set_hyper('wd', .1)
+    opt.zero_grad()
+    opt.state[ps[0]].pop('grad_avg')
+    opt.step()
+    assert ps[1].tolist()==pytest.approx([1-.5*.1]*3) # decay alone
+
+def net(): return nn.Sequential(nn.Flatten(), nn.Linear(196, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+
+@pytest.mark.parametrize('wd_bn_bias', [False, True])
+def test_learner_says_who_is_exempt(wd_bn_bias):
+    x = images(16).float()/255
+    learn = Learner(tensor_dls(x, bs=8), net(), MSELossFlat(), opt_func=LARC, wd_bn_bias=wd_bn_bias)
+    learn.create_opt()
+    assert isinstance(learn.opt, Optimizer)
+    free = [s.get('do_wd') is False for p,_,s,_ in learn.opt.all_params()]
+    assert free==([False]*6 if wd_bn_bias else [False,True,True,True,False,True])
+
+# the code of the papers draws the warm-up with np.linspace, whose last value is `base`; here the first value of the cosine is the first `base`
+def official(steps, warmup, start, base, final):
+    warm = [start + (base-start)*i/warmup for i in range(warmup)]
+    return warm + [final + .5*(base-final)*(1 + np.cos(np.pi*t/(steps-warmup))) for t in range(steps-warmup)]
+
+class Half(Exception): pass
+
+@pytest.mark.parametrize('warmup', [0, 2])
+def test_schedule_at_every_step_and_after_a_resume(warmup, tmp_path):
+    args,epochs,batches = (.3,4.8,.0048),5,7
+    def learner(): return Learner(tensor_dls((images(56).float()/255, torch.zeros(56).long()), bs=8, seed=1), net(), lambda p,*_: p.mean(), opt_func=partial(LARC, wd=0.),
+                                  cbs=Checkpoint(tmp_path/'ckpt', minutes=None, steps=5), path=tmp_path)
+    def sched(): return ParamScheduler({'lr':warmup_cos(*args, warmup/epochs)})
+    def stop(cb):
+        if cb.train_iter==18: raise Half('enough')
+    want,learn = official(epochs*batches, warmup*batches, *args),learner()
+    with pytest.raises(Half): quiet(learn, epochs, cbs=[sched(), Callback(before_step=stop)])
+    np.testing.assert_allclose(learn.opt.hypers[0]['lr'], want[18], rtol=1e-9)
+    learn = learner()
+    learn.resume(override='callback.before_step')
+    seen = []
+    quiet(learn, epochs, cbs=[sched(), Callback(before_step=lambda cb: seen.append((cb.train_iter, cb.opt.hypers[0]['lr'])))])
+    assert [i for i,_ in seen]==list(range(15, epochs*batches)) # from the checkpoint of step 15
+    np.testing.assert_allclose([lr for _,lr in seen], want[15:], rtol=1e-9)
+    np.testing.assert_allclose(learn.recorder.lrs, want, rtol=1e-9)
+
+@pytest.mark.parametrize('warmup', [-.1, 1., 10])
+def test_warmup_is_a_part(warmup):
+    with pytest.raises(ValueError, match='part of training'): warmup_cos(.3, 4.8, 0., warmup)

@@ -1,0 +1,184 @@
+"Recipes say what the papers say, and what a Learner gets is what a recipe says"
+import math, re
+
+import pytest, torch
+from fastai.callback.core import Callback
+from fastai.learner import Learner
+from torch import nn
+
+from methods import encoder, images, quiet
+from self_supervised.core import ssl_methods
+from self_supervised.data import tensor_dls
+from self_supervised.recipes import Recipe, get_recipe, recipes, register_recipe, setting_info
+
+imagenet = 1_281_167
+
+# name: crops, areas, learning rate (start, base, final), warm-up epochs, queue, its epoch, steps with fixed prototypes, batch, epochs, top-1
+official = {
+    'swav_100ep':        ('2x224+6x96', '.14-1 .05-.14', (.3,4.8,.0048), 10, None, None, 313,  4096, 100, 72.1),
+    'swav_200ep':        ('2x224+6x96', '.14-1 .05-.14', (.3,4.8,.0048), 10, None, None, 313,  4096, 200, 73.9),
+    'swav_400ep':        ('2x224+6x96', '.14-1 .05-.14', (.3,4.8,.0048), 10, None, None, 313,  4096, 400, 74.6),
+    'swav_800ep':        ('2x224+6x96', '.14-1 .05-.14', (.3,4.8,.0048), 10, None, None, 313,  4096, 800, 75.3),
+    'swav_200ep_bs256':  ('2x224+6x96', '.14-1 .05-.14', (.6,.6,.0006),  0,  3840, 15,   5005, 256,  200, 72.7),
+    'swav_400ep_bs256':  ('2x224+6x96', '.14-1 .05-.14', (.6,.6,.0006),  0,  3840, 15,   5005, 256,  400, 74.3),
+    'swav_400ep_2x224':  ('2x224',      '.08-1',         (.3,4.8,.0048), 10, None, None, 313,  4096, 400, 70.1),
+    'swav_RN50w2_400ep': ('2x224+4x96', '.14-1 .05-.14', (.3,4.8,.0048), 10, None, None, 313,  4096, 400, 77.3),
+    'swav_RN50w4_400ep': ('2x224+4x96', '.08-1 .08-.14', (.3,4.8,.0048), 10, 2560, 0,    500,  2560, 400, 77.9),
+}
+
+@pytest.mark.parametrize('name', official)
+def test_official_swav(name):
+    crops,areas,lrs,warmup,K,start,steps,bs,epochs,top1 = official[name]
+    r = get_recipe(name)
+    s = r.settings
+    assert [f'{n}x{o}' for n,o in zip(s['num_crops'], s['crop_sizes'])]==crops.split('+')
+    assert list(zip(s['min_scales'], s['max_scales']))==[tuple(map(float, o.split('-'))) for o in areas.split()]
+    assert (r.lr_start,r.lr,r.lr_final,r.warmup_epochs,r.bs,r.epochs,s['K'])==(*lrs,warmup,bs,epochs,K)
+    if K: assert r.queue_start_epoch==start
+    assert round(r.freeze_epochs*imagenet/bs)==steps # one epoch; the script of RN50w4 says 313, which is an epoch at batch 4096
+    assert f'{top1} %' in r.about
+    common = dict(temp=.1, eps=.05, n_sinkh_iter=3, n_protos=3000, projection_size=128, jitter_s=1., jitter_p=.8, bw_p=.2, blur_p=.5, blur_s=(.1,2.))
+    assert common.items()<=s.items()
+    assert s['hidden_size']==(8192 if 'RN50w' in name else 2048) and s['arch']==('resnet50'+name[9:11] if 'RN50w' in name else 'resnet50')
+    assert (r.opt,r.wd,r.mom,r.wd_bn_bias,r.precision,r.pool_type)==('larc',1e-6,.9,True,'fp16','avg')
+
+def test_simclr_papers():
+    one,two = get_recipe('simclr_v1_1000ep'),get_recipe('simclr_v2_800ep')
+    assert one.lr==pytest.approx(.3*4096/256) and two.lr==pytest.approx(.1*math.sqrt(4096))
+    assert (one.wd,two.wd,one.epochs,two.epochs,two.warmup_epochs)==(1e-6,1e-4,1000,800,.05*800)
+    assert two.settings['nlayers']==3 and {one.opt,two.opt}=={'lars'} and not one.wd_bn_bias
+    assert get_recipe('simclr_cifar10').lr==pytest.approx(1.*512/256)
+
+@pytest.mark.parametrize('name', [o for o in recipes() if 'RN50w' not in o]) # those take gigabytes
+def test_what_a_learner_gets(name):
+    r   = get_recipe(name, bs=8)
+    dls = tensor_dls(torch.randint(0, 256, (16,3,32,32), dtype=torch.uint8), bs=8)
+    with torch.device('meta'): enc = r.create_encoder() # too large to compute with here, and nobody does
+    learn = r.learner(dls, enc)
+    cb,m,s = learn.cbs[-1],learn.model,r.settings
+    assert isinstance(cb, ssl_methods()[r.method].callback) and learn.wd==r.wd and learn.wd_bn_bias==r.wd_bn_bias
+    n = sum(s['num_crops']) if 'num_crops' in s else 2
+    assert len(cb.aug_pipelines)==n and cb.temp==s['temp']
+    steps = {type(f).__name__:f for f in cb.aug_pipelines[0].fs}
+    assert tuple(steps['RandomCropResize'].size)==(s['crop_sizes'][0] if 'crop_sizes' in s else s['size'],)*2
+    assert any('Normalize' in o for o in steps) and any('Blur' in o for o in steps)==s.get('blur', True)
+    assert m.projector[0].out_features==s['hidden_size'] and m.projector[-1].out_features==s.get('projection_size', 128)
+    assert isinstance(m.projector[1], nn.BatchNorm1d) and len([o for o in m.projector if isinstance(o, nn.Linear)])==s.get('nlayers', 2)
+    if r.method=='swav': assert (m.prototypes.out_features,cb.K,cb.crop_assgn_ids)==(s['n_protos'],s['K'],[0,1])
+
+tiny = dict(bs=8, epochs=4, warmup_epochs=1., hidden_size=16, projection_size=8)
+
+class Spy(Callback):
+    "What happened at every step"
+    def __init__(self): self.lrs,self.moved,self.queued = [],[],[]
+    def before_step(self): self.old = {n:p.detach().clone() for n,p in self.model.named_parameters()}
+    def after_step(self):
+        self.lrs.append(self.opt.hypers[0]['lr'])
+        self.moved.append('prototypes.weight' in self.old and not torch.equal(self.old['prototypes.weight'], self.model.prototypes.weight))
+
+def test_fit_converts_epochs_to_steps():
+    r   = get_recipe('swav_200ep_bs256', **tiny, n_protos=10, num_crops=(2,1), crop_sizes=(12,8), K=16, freeze_epochs=1.5, queue_start_epoch=2, lr_start=.1, lr=.6, lr_final=.0006)
+    spy = Spy()
+    learn = r.learner(tensor_dls(images(40), bs=8), encoder(), cbs=[spy])
+    quiet_fit(r, learn)
+    assert learn.swav.queue_start_pct==.5 and learn.swav.freeze_prototypes_niters==round(1.5*5)
+    assert spy.moved==[False]*8+[True]*12
+    want = [.1+.5*i/5 for i in range(5)] + [.0006+.5*(.6-.0006)*(1+math.cos(math.pi*t/15)) for t in range(15)]
+    assert spy.lrs==pytest.approx(want, rel=1e-9)
+    assert learn.opt.hypers[0]['wd']==1e-6 and learn.opt.hypers[0]['mom']==.9
+
+def quiet_fit(r, learn):
+    with learn.no_bar(), learn.no_logging(): r.fit(learn)
+
+def test_learning_rate_follows_the_batch():
+    r = get_recipe('swav_100ep')
+    half,adam = r.new(bs=2048),get_recipe('swav_small')
+    assert (half.lr,half.lr_start,half.lr_final)==pytest.approx((2.4,.15,.0024))
+    assert adam.new(bs=4*adam.bs).lr==pytest.approx(2*adam.lr)
+    assert r.new(bs=2048, lr=1.).lr==1. and r.new(epochs=200).lr==4.8
+    assert r.new(bs=2048).new(bs=4096).lr_final==pytest.approx(r.lr_final)
+    learn = get_recipe('simclr_small', **tiny|dict(bs=16)).learner(tensor_dls(images(40), bs=8), encoder())
+    with pytest.warns(UserWarning, match='batches of 8 images instead of the 16'): quiet_fit(get_recipe('simclr_small', **tiny|dict(bs=16)), learn)
+    assert max(learn.recorder.lrs)==pytest.approx(get_recipe('simclr_small', **tiny|dict(bs=16)).lr/math.sqrt(2))
+
+def test_encoder_of_the_recipe_takes_the_channels_of_the_images():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    dls = tensor_dls(images(16, c=1, size=28), bs=8)
+    torch.set_rng_state(before)
+    learn = get_recipe('simclr_small', bs=8).learner(dls)
+    assert next(o for o in learn.model.encoder.modules() if isinstance(o, nn.Conv2d)).in_channels==1
+    assert not any('Normalize' in f.name for f in learn.cbs[-1].aug_pipelines[0].fs)
+    assert get_recipe('simclr_small', stats=([.5],[.2])).create_callback(1).aug_pipelines[0].fs[-1].mean.flatten().tolist()==[.5]
+
+def test_half_precision_only_on_a_gpu():
+    learn = get_recipe('swav_100ep', **tiny).learner(tensor_dls(images(16), bs=8, device='cpu'), encoder())
+    assert not any(type(o).__name__=='MixedPrecision' for o in learn.cbs)
+
+def test_suggest_follows_its_rules(capsys):
+    s = get_recipe('swav_200ep').suggest(1_281_167, 256, gpus=64)
+    assert s.settings=={**get_recipe('swav_200ep').settings} and capsys.readouterr().out==''
+    small = get_recipe('swav_200ep').suggest(5_000, 28)
+    assert max(small.args['crop_sizes'])==28 and small.bs<=5_000/20 and small.args['K'] is None and 80<=small.args['n_protos']<=130
+    assert small.low_resolution and small.args['blur'] is False and small.lr==pytest.approx(4.8*small.bs/4096)
+    out = capsys.readouterr().out
+    for k in ('crop_sizes','bs','n_protos','low_resolution'): assert f'{k}=' in out
+    queue = get_recipe('swav_200ep_bs256').suggest(500_000)
+    assert queue.args['K']==3840 and queue.queue_start_epoch==15
+    assert get_recipe('swav_400ep_bs256').suggest(10_000).args['K'] is None
+
+def test_suggest_fits_into_the_memory(capsys):
+    r = get_recipe('simclr_cifar10')
+    for gpus in (1,4):
+        s = r.suggest(50_000, 32, gpus=gpus, memory=2)
+        assert s.bs%gpus==0 and s.bs/gpus*s.activation_bytes()/2 < 2e9 # half precision
+    assert r.suggest(50_000, 32, memory=4).bs >= r.suggest(50_000, 32, memory=1).bs
+    with pytest.raises(ValueError, match='smaller arch'): get_recipe('swav_100ep').suggest(50_000, memory=.5)
+
+def test_activations_of_a_real_step():
+    r = get_recipe('swav_small', num_crops=(2,1), hidden_size=32)
+    model,kept = r.create_model(r.create_encoder(3)),{}
+    own = {o.untyped_storage().data_ptr() for o in (*model.parameters(), *model.buffers())}
+    def pack(t): return kept.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage()) and t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): model([torch.rand(2,3,n,n) for n in (28,28,14)])
+    assert r.activation_bytes()==sum(o.nbytes() for k,o in kept.items() if k not in own)//2
+
+@pytest.mark.parametrize('f,says', [
+    (lambda: get_recipe('swav_40ep'), "'swav_40ep' is not the name of a recipe; did you mean swav_400ep"),
+    (lambda: get_recipe('swav_100ep', n_prototypes=5), 'n_prototypes is no setting of a swav recipe; did you mean n_protos'),
+    (lambda: get_recipe('simclr_small', K=5), 'K is no setting of a simclr recipe'),
+    (lambda: Recipe('x', 'byol'), "method='byol' is not registered; there are"),
+    (lambda: Recipe('x', 'swav', opt='adamw'), "opt='adamw' must be one of larc, lars, sgd, adam"),
+    (lambda: Recipe('x', 'swav', precision='half'), "precision='half' must be fp16, bf16 or fp32"),
+    (lambda: get_recipe('swav_100ep', bs=0), 'bs=0, epochs=100'),
+    (lambda: get_recipe('swav_100ep', epochs=10).fit(get_recipe('swav_100ep', **tiny).learner(tensor_dls(images(16), bs=8), encoder())), 'warmup_epochs=10.0 must be fewer'),
+    (lambda: get_recipe('swav_100ep').fit(Learner(tensor_dls(images(16), bs=8), encoder(), loss_func=len)), r'recipe\.learner\(dls\)'),
+], ids=range(9))
+def test_wrong_use(f, says):
+    with pytest.raises(ValueError, match=says): f()
+
+def test_every_setting_has_help():
+    info = setting_info()
+    assert {k for o in recipes() for k in get_recipe(o).settings}<=set(info)
+    assert {k:v.docment for k,v in info.items() if not v.docment}=={}
+    assert not set(info) & {'self','name','encoder','aug_pipelines','kwargs','return'}
+
+def test_text_has_every_setting():
+    r = get_recipe('swav_400ep_bs256')
+    text = repr(r)
+    for k,v in r.settings.items():
+        if v is not None: assert re.search(rf'\b{k}=', text), k
+
+def test_own_recipe():
+    r = register_recipe(get_recipe('swav_small').new(name='mine', about='Mine.'))
+    try: assert get_recipe('mine', epochs=3).epochs==3 and get_recipe('mine') is not r and 'mine' in recipes()
+    finally:
+        from self_supervised import recipes as module
+        module._recipes.pop('mine')
+
+def test_fit_passes_callbacks_on():
+    seen = []
+    r = get_recipe('simclr_small', **tiny)
+    learn = r.learner(tensor_dls(images(16), bs=8), encoder())
+    with learn.no_bar(), learn.no_logging(): r.fit(learn, cbs=Callback(after_epoch=lambda cb: seen.append(cb.epoch)))
+    assert seen==[0,1,2,3] and not quiet(learn, 0)
