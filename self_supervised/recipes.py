@@ -160,7 +160,7 @@ for _name,_about,_changes in [
 ]: register_recipe(_simclr.new(name=_name, about=_about, **_changes))
 
 # %% ../nbs/64_recipes.ipynb #947bf656
-_small = dict(bs=128, epochs=30, opt='adam', lr_start=3e-4, lr=3e-3, lr_final=3e-6, warmup_epochs=3., mom=.9, wd=.01, precision='fp32', arch='resnet10t',
+_small = dict(bs=128, epochs=12, opt='adam', lr_start=4e-4, lr=4e-3, lr_final=4e-6, warmup_epochs=1., mom=.9, wd=.01, precision='fp32', arch='test_resnet', low_resolution=True,
               jitter_s=.5, bw=False, blur=False, hidden_size=512, bn=True, temp=.1)
 
 register_recipe(Recipe('swav_small', 'swav', num_crops=(2,4), crop_sizes=(28,14), min_scales=(.4,.1), max_scales=(1.,.4), n_protos=100,

@@ -4,6 +4,7 @@ import math, re
 import pytest, torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
+from fastai.torch_core import set_seed
 from torch import nn
 
 from methods import encoder, images, quiet
@@ -77,7 +78,7 @@ class Spy(Callback):
         self.moved.append('prototypes.weight' in self.old and not torch.equal(self.old['prototypes.weight'], self.model.prototypes.weight))
 
 def test_fit_converts_epochs_to_steps():
-    r   = get_recipe('swav_200ep_bs256', **tiny, n_protos=10, num_crops=(2,1), crop_sizes=(12,8), K=16, freeze_epochs=1.5, queue_start_epoch=2, lr_start=.1, lr=.6, lr_final=.0006)
+    r   = get_recipe('swav_200ep_bs256', **tiny, n_protos=10, num_crops=(2,1), crop_sizes=(12,8), K=16, freeze_epochs=1.5, queue_start_epoch=2, mom=.8, lr_start=.1, lr=.6, lr_final=.0006)
     spy = Spy()
     learn = r.learner(tensor_dls(images(40), bs=8), encoder(), cbs=[spy])
     quiet_fit(r, learn)
@@ -85,7 +86,7 @@ def test_fit_converts_epochs_to_steps():
     assert spy.moved==[False]*8+[True]*12
     want = [.1+.5*i/5 for i in range(5)] + [.0006+.5*(.6-.0006)*(1+math.cos(math.pi*t/15)) for t in range(15)]
     assert spy.lrs==pytest.approx(want, rel=1e-9)
-    assert learn.opt.hypers[0]['wd']==1e-6 and learn.opt.hypers[0]['mom']==.9
+    assert learn.opt.hypers[0]['wd']==1e-6 and learn.opt.hypers[0]['mom']==.8
 
 def quiet_fit(r, learn):
     with learn.no_bar(), learn.no_logging(): r.fit(learn)
@@ -102,12 +103,11 @@ def test_learning_rate_follows_the_batch():
     assert max(learn.recorder.lrs)==pytest.approx(get_recipe('simclr_small', **tiny|dict(bs=16)).lr/math.sqrt(2))
 
 def test_encoder_of_the_recipe_takes_the_channels_of_the_images():
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    dls = tensor_dls(images(16, c=1, size=28), bs=8)
-    torch.set_rng_state(before)
-    learn = get_recipe('simclr_small', bs=8).learner(dls)
-    assert next(o for o in learn.model.encoder.modules() if isinstance(o, nn.Conv2d)).in_channels==1
+    r,dls = get_recipe('simclr_small', bs=8),tensor_dls(images(16, c=1, size=28), bs=8)
+    set_seed(3)
+    learn = r.learner(dls)
+    set_seed(3)
+    for a,b in zip(learn.model.encoder.parameters(), r.create_encoder(1).parameters(), strict=True): assert torch.equal(a, b) # a look at the images draws nothing
     assert not any('Normalize' in f.name for f in learn.cbs[-1].aug_pipelines[0].fs)
     assert get_recipe('simclr_small', stats=([.5],[.2])).create_callback(1).aug_pipelines[0].fs[-1].mean.flatten().tolist()==[.5]
 
@@ -120,18 +120,21 @@ def test_suggest_follows_its_rules(capsys):
     assert s.settings=={**get_recipe('swav_200ep').settings} and capsys.readouterr().out==''
     small = get_recipe('swav_200ep').suggest(5_000, 28)
     assert max(small.args['crop_sizes'])==28 and small.bs<=5_000/20 and small.args['K'] is None and 80<=small.args['n_protos']<=130
-    assert small.low_resolution and small.args['blur'] is False and small.lr==pytest.approx(4.8*small.bs/4096)
+    assert small.low_resolution and small.args['blur'] is False and small.args['jitter_s']==.5 and small.lr==pytest.approx(4.8*small.bs/4096)
     out = capsys.readouterr().out
     for k in ('crop_sizes','bs','n_protos','low_resolution'): assert f'{k}=' in out
     queue = get_recipe('swav_200ep_bs256').suggest(500_000)
     assert queue.args['K']==3840 and queue.queue_start_epoch==15
-    assert get_recipe('swav_400ep_bs256').suggest(10_000).args['K'] is None
+    few = get_recipe('swav_400ep_bs256').suggest(10_000)
+    assert few.args['K'] is None and few.args['n_protos']==150
+    assert get_recipe('swav_400ep_bs256', bs=32).suggest(10_000).args['n_protos']==64 # two for each sample
 
 def test_suggest_fits_into_the_memory(capsys):
     r = get_recipe('simclr_cifar10')
-    for gpus in (1,4):
-        s = r.suggest(50_000, 32, gpus=gpus, memory=2)
-        assert s.bs%gpus==0 and s.bs/gpus*s.activation_bytes()/2 < 2e9 # half precision
+    found = {gpus:r.suggest(50_000, 32, gpus=gpus, memory=.4) for gpus in (1,4)}
+    assert found[4].bs==4*found[1].bs<r.bs
+    for gpus,s in found.items():
+        assert s.bs%gpus==0 and s.bs/gpus*s.activation_bytes()/2 < .4e9 # half precision
     assert r.suggest(50_000, 32, memory=4).bs >= r.suggest(50_000, 32, memory=1).bs
     with pytest.raises(ValueError, match='smaller arch'): get_recipe('swav_100ep').suggest(50_000, memory=.5)
 
