@@ -126,8 +126,8 @@ def test_suggest_follows_its_rules(capsys):
     queue = get_recipe('swav_200ep_bs256').suggest(500_000)
     assert queue.args['K']==3840 and queue.queue_start_epoch==15
     few = get_recipe('swav_400ep_bs256').suggest(10_000)
-    assert few.args['K'] is None and few.args['n_protos']==150
-    assert get_recipe('swav_400ep_bs256', bs=32).suggest(10_000).args['n_protos']==64 # two for each sample
+    assert few.args['K'] is None and few.args['n_protos']==160 # 3000·(10,000/1.28 M)^.61, to the ten
+    assert get_recipe('swav_400ep_bs256', bs=8).suggest(2_000).args['n_protos']==16 # two for each sample
 
 def test_suggest_fits_into_the_memory(capsys):
     r = get_recipe('simclr_cifar10')
