@@ -1,0 +1,257 @@
+"Released weights, in files of their layout that are written here, against torchvision's ResNet-50 and a plain ResNet of any width; nothing is fetched"
+import io, re
+from urllib.error import URLError
+
+import pytest, timm, torch, torchvision
+from fastai.learner import Learner
+from torch import nn
+from torch.nn import functional as F
+
+from methods import quiet
+from self_supervised.all import SWAV, create_encoder, create_model, create_timm_encoder, get_swav_aug_pipelines, load_encoder, tensor_dls
+from self_supervised.layers import CheckpointSequential
+from self_supervised.pretrained import create_official_model, layout_state, load_official, official_weights, read_official
+from self_supervised import layers
+
+pytestmark = pytest.mark.slow
+
+class Plain(nn.Module):
+    "ResNet-50 with widths times `w`, in the words of the authors' code: names, order, and a stem that pads in two places"
+    def __init__(self, w=1):
+        super().__init__()
+        n = 64*w
+        self.pad,self.conv1,self.bn1 = nn.ConstantPad2d(1, 0.),nn.Conv2d(3, n, 7, 2, 2, bias=False),nn.BatchNorm2d(n)
+        ni = n
+        for i,depth in enumerate((3,4,6,3), 1):
+            mid,blocks = n*2**(i-1),[]
+            for j in range(depth):
+                stride = 2 if i>1 and j==0 else 1
+                b = nn.Module()
+                b.conv1,b.bn1 = nn.Conv2d(ni, mid, 1, bias=False),nn.BatchNorm2d(mid)
+                b.conv2,b.bn2 = nn.Conv2d(mid, mid, 3, stride, 1, bias=False),nn.BatchNorm2d(mid)
+                b.conv3,b.bn3 = nn.Conv2d(mid, 4*mid, 1, bias=False),nn.BatchNorm2d(4*mid)
+                if j==0: b.downsample = nn.Sequential(nn.Conv2d(ni, 4*mid, 1, stride, bias=False), nn.BatchNorm2d(4*mid))
+                blocks,ni = [*blocks,b],4*mid
+            setattr(self, f'layer{i}', nn.Sequential(*blocks))
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(self.pad(x)))), 3, 2, 1)
+        for i in range(1, 5):
+            for b in getattr(self, f'layer{i}'):
+                y = F.relu(b.bn2(b.conv2(F.relu(b.bn1(b.conv1(x))))))
+                x = F.relu(b.bn3(b.conv3(y)) + (b.downsample(x) if hasattr(b, 'downsample') else x))
+        return x.mean((2,3))
+
+@torch.no_grad()
+def stir(net):
+    "Batch norms that are not as new"
+    for k,v in net.state_dict().items():
+        if k.endswith('running_mean'): v.normal_(0, .1)
+        elif k.endswith('running_var'): v.uniform_(.5, 2)
+        elif 'bn' in k or 'downsample.1' in k:
+            if v.is_floating_point(): v.uniform_(.5, 1)
+        elif k.endswith('num_batches_tracked'): v.fill_(7)
+    return net.eval()
+
+def heads(nf=2048, hidden=32, dim=8, protos=(20,)):
+    names = ['prototypes.weight'] if len(protos)==1 else [f'prototypes.prototypes{i}.weight' for i in range(len(protos))]
+    mlp   = nn.Sequential(nn.Linear(nf, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim))
+    return {**{f'projection_head.{k}':v for k,v in mlp.state_dict().items()}, **{k:F.normalize(torch.randn(n, dim)) for k,n in zip(names, protos)}}
+
+def write(path, net, hs):
+    torch.save({f'module.{k}':v for k,v in {**net.state_dict(), **hs}.items() if not k.startswith('fc.')}, path)
+    return path
+
+@pytest.fixture(scope='module')
+def net():
+    torch.manual_seed(0)
+    res = torchvision.models.resnet50(weights=None)
+    res.fc = nn.Identity()
+    return stir(res)
+
+@pytest.fixture(scope='module')
+def files(net, tmp_path_factory):
+    "Files as the authors' host has them, in the place where PyTorch looks before it fetches"
+    hub,home = tmp_path_factory.mktemp('hub'),torch.hub.get_dir()
+    (hub/'checkpoints').mkdir()
+    torch.hub.set_dir(hub)
+    write(hub/'checkpoints'/'swav_800ep_pretrain.pth.tar', net, heads())
+    write(hub/'checkpoints'/'deepclusterv2_400ep_pretrain.pth.tar', net, heads(protos=(20,20,10)))
+    yield hub/'checkpoints'
+    torch.hub.set_dir(home)
+
+@pytest.fixture(scope='module')
+def file(files): return files/'swav_800ep_pretrain.pth.tar'
+
+@pytest.fixture(scope='module')
+def x(): return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+def close(a, b):
+    a,b = a.detach(),b.detach()
+    assert a.shape==b.shape and ((a-b).abs().max()/b.abs().max())<1e-5
+
+def test_released_names():
+    names = {'swav_800ep', 'swav_400ep', 'swav_200ep', 'swav_100ep', 'swav_200ep_bs256', 'swav_400ep_bs256', 'swav_400ep_2x224', 'swav_RN50w2_400ep', 'swav_RN50w4_400ep',
+             'swav_RN50w5_400ep', 'deepclusterv2_800ep', 'deepclusterv2_400ep', 'deepclusterv2_400ep_2x224', 'selav2_400ep', 'selav2_400ep_2x224'}
+    assert set(official_weights())==names
+    for k,o in official_weights().items():
+        assert o.url==f'https://dl.fbaipublicfiles.com/deepcluster/{k}_pretrain.pth.tar'
+        assert str(o.epochs) in k and o.arch==('resnet50'+k[9:11] if 'RN50' in k else 'resnet50') and o.method.split('-')[0].lower() in k
+
+def test_by_name_and_by_path(net, file, x):
+    for w in ('swav_800ep', file, str(file), 'deepclusterv2_400ep'):
+        enc = create_encoder('resnet50', pretrained=w)
+        assert enc.made_with['arch']=='resnet50' and enc.made_with['pool_type']=='avg'
+        close(enc.eval()(x), net(x))
+
+def test_every_tensor_arrives(net, file):
+    "Also what a forward pass does not show"
+    theirs = {k:v for k,v in net.state_dict().items()}
+    for enc in (create_encoder('resnet50', pretrained=file), create_encoder(create_timm_encoder('resnet50', pretrained=False, pool_type='avg'), file)):
+        for a,b in zip(enc.state_dict().values(), theirs.values(), strict=True): assert torch.equal(a, b)
+
+def test_any_library(net, file, x):
+    tv = torchvision.models.resnet50(weights=None)
+    tv.fc = nn.Identity()
+    for enc in (create_timm_encoder('resnet50', pretrained=False, pool_type='avg'), tv): close(load_official(enc, file).eval()(x), net(x))
+
+def test_options(net, file, x):
+    grey = create_encoder('resnet50', file, n_in=1).eval()
+    close(grey(x[:,:1]), net(x[:,:1].expand(-1,3,-1,-1)))
+    both = create_encoder('resnet50', file, pool_type='catavgmax').eval()(x)
+    assert both.shape==(2,4096) and (both[:,2048:]-net(x)).abs().max()<1e-4*both.abs().max() # fastai has the maximum first
+    low = create_encoder('resnet50', file, low_resolution=True)
+    assert low[0].weight.shape==(64,3,3,3) and low.made_with['low_resolution']
+    assert torch.allclose(low[0].weight, net.conv1.weight[:,:,2:5,2:5]*7/3)
+    assert create_model('resnet50', 5, pretrained=file).eval()(x).shape==(2,5)
+
+def test_defaults_of_other_encoders_are_as_before():
+    assert create_encoder('resnet18', pretrained=False).made_with['pool_type']=='catavgmax'
+    assert create_encoder('resnet10t', pretrained=False).made_with['pool_type']=='catavgmax'
+
+def test_round_trip_through_our_file(net, file, x, tmp_path):
+    model = create_official_model(file)
+    learn = Learner(tensor_dls(torch.randint(0, 256, (8,3,16,16), dtype=torch.uint8), bs=4), model, cbs=SWAV(get_swav_aug_pipelines((2,1), (32,24)), [0,1], K=None))
+    close(load_encoder(learn.export_encoder(tmp_path/'e.safetensors')).eval()(x), net(x))
+
+def test_wide(x, tmp_path):
+    torch.manual_seed(2)
+    plain = stir(Plain(2))
+    file  = write(tmp_path/'w2.pth', plain, heads(4096, 16))
+    enc   = create_encoder('resnet50w2', pretrained=file).eval()
+    close(enc(x), plain(x))
+    assert {k:tuple(v.shape) for k,v in enc.state_dict().items()}=={k:tuple(v.shape) for k,v in plain.state_dict().items()}
+    model = create_official_model(file)
+    assert model.projector[0].in_features==4096 and model.projector[0].out_features==16 and model.encoder.made_with['arch']=='resnet50w2'
+    assert timm.is_model('resnet50w4')
+    state = layout_state(model, 'official')
+    assert {k:v.shape for k,v in state.items()}=={k:v.shape for k,v in torch.load(file).items()}
+    with pytest.raises(ValueError, match='torchvision has no resnet50w2; timm has'): layout_state(model, 'torchvision')
+    with pytest.raises(ValueError, match=r'layer1\.0\.conv1\.weight: \(128, 128, 1, 1\) in the file, \(64, 64, 1, 1\) here'): create_encoder('resnet50', pretrained=file)
+
+@pytest.mark.parametrize('w,millions', [(2,94), (4,375), (5,586)])
+def test_sizes_of_wide_ones(w, millions):
+    with torch.device('meta'): enc,plain = create_timm_encoder(f'resnet50w{w}', pretrained=False, pool_type='avg'),Plain(w)
+    assert [(k,v.shape) for k,v in enc.state_dict().items()]==[(k,v.shape) for k,v in plain.state_dict().items()]
+    assert round(sum(o.numel() for o in enc.parameters())/1e6)==millions
+    assert enc.feature_info[0]['num_chs']==64*w and enc(torch.empty(2,3,32,32,device='meta')).shape==(2,2048*w)
+
+def test_plain_is_torchvisions(net, x):
+    plain = Plain()
+    plain.load_state_dict(net.state_dict())
+    close(plain.eval()(x), net(x))
+
+@pytest.mark.parametrize('change,says', [
+    (lambda s: s.pop('module.layer3.4.bn2.running_var'), r'1 tensors differ: layer3\.4\.bn2\.running_var:  ?is missing'),
+    (lambda s: s.update({'module.extra.weight':torch.zeros(1)}), r'1 tensors differ: extra\.weight: is left over'),
+    (lambda s: s.update({'module.bn1.weight':torch.zeros(65)}), r'bn1\.weight: \(65,\) in the file, \(64,\) here'),
+    (lambda s: [s.pop(f'module.layer4.2.bn{i}.bias') for i in (1,2,3)], r'3 tensors differ: .*bn1\.bias.*bn2\.bias.*bn3\.bias'),
+], ids=['missing','left over','shape','several'])
+@pytest.mark.parametrize('lib', ['fastai','timm'])
+def test_strict(change, says, lib, file, tmp_path):
+    state = torch.load(file)
+    change(state)
+    torch.save(state, tmp_path/'bad.pth')
+    enc = create_encoder('resnet50', pretrained=False, pool_type='avg') if lib=='fastai' else create_timm_encoder('resnet50', pretrained=False, pool_type='avg')
+    old = {k:v.clone() for k,v in enc.state_dict().items()}
+    with pytest.raises(ValueError, match=says): load_official(enc, tmp_path/'bad.pth')
+    assert all(torch.equal(v, old[k]) for k,v in enc.state_dict().items())
+
+@pytest.mark.parametrize('f,error,says', [
+    (lambda file: create_encoder('resnet18', pretrained='swav_800ep'), ValueError, r"swav_800ep holds a resnet50, not a resnet18: create_encoder\('resnet50', pretrained='swav_800ep'\)"),
+    (lambda file: create_encoder('resnet50', pretrained='swav_RN50w2_400ep'), ValueError, "create_encoder\\('resnet50w2'"),
+    (lambda file: create_encoder('resnet50', pretrained='swav_850ep'), ValueError, 'not a released name; did you mean swav_800ep'),
+    (lambda file: create_encoder('resnet50', pretrained=file.parent), ValueError, 'is not a file'),
+    (lambda file: create_official_model('deepclusterv2_400ep'), ValueError, r'prototypes\.prototypes0\.weight.*take its encoder'),
+    (lambda file: create_encoder('resnet50w4'), ValueError, "pretrained='swav_RN50w4_400ep'"),
+    (lambda file: layout_state(nn.Sequential(nn.Conv2d(3,4,3)), 'timm'), ValueError, 'does not say what it is'),
+    (lambda file: layout_state(create_encoder('xresnet18', pretrained=False), 'timm'), ValueError, 'timm has no xresnet18; neither library has'),
+    (lambda file: layout_state(create_encoder('resnet18', pretrained=False), 'official'), ValueError, 'hold ResNet-50s, not a resnet18'),
+    (lambda file: layout_state(create_encoder('resnet18', pretrained=False, low_resolution=True), 'timm'), ValueError, r'does not fit resnet18 in the layout timm: .*3, 3'),
+    (lambda file: layout_state(create_encoder('resnet18', pretrained=False), 'jax'), ValueError, "layout='jax' must be 'torchvision', 'timm' or 'official'"),
+], ids=range(11))
+def test_wrong_use(f, error, says, file):
+    with pytest.raises(error, match=says): f(file)
+
+def test_without_the_module_that_knows_them(monkeypatch):
+    monkeypatch.setattr(layers, '_loaders', [])
+    with pytest.raises(ValueError, match='import self_supervised.pretrained'): create_encoder('resnet50', pretrained='swav_800ep')
+
+def test_no_network(monkeypatch):
+    def fail(*args, **kwargs): raise URLError('no route')
+    monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', fail)
+    with pytest.raises(OSError, match=r'swav_100ep_pretrain\.pth\.tar could not be fetched \(no route\): .* pass its path, or put it into'): read_official('swav_100ep')
+
+def test_damaged(file, tmp_path):
+    for i,b in enumerate((file.read_bytes()[:10_000], b'<html>not found</html>', b'')):
+        (tmp_path/f'{i}.pth').write_bytes(b)
+        with pytest.raises(ValueError, match='is damaged, or no file of PyTorch.*delete it'): read_official(tmp_path/f'{i}.pth')
+
+def test_code_in_a_file_does_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self): return print, ('ran',)
+    torch.save({'module.conv1.weight':Evil()}, tmp_path/'evil.pth')
+    with pytest.raises(ValueError, match='damaged, or no file'): read_official(tmp_path/'evil.pth')
+
+def test_checkpoint_of_a_running_training(file, tmp_path):
+    torch.save({'epoch':3, 'state_dict':torch.load(file), 'optimizer':{}}, tmp_path/'checkpoint.pth.tar')
+    assert read_official(tmp_path/'checkpoint.pth.tar').keys()==read_official(file).keys()
+
+def test_whole_model_and_a_step(net, file, x):
+    model,hs = create_official_model(file).eval(),{k.removeprefix('module.'):v for k,v in torch.load(file).items()}
+    h = F.linear(net(x), hs['projection_head.0.weight'], hs['projection_head.0.bias'])
+    h = F.relu((h-hs['projection_head.1.running_mean'])/(hs['projection_head.1.running_var']+1e-5).sqrt()*hs['projection_head.1.weight']+hs['projection_head.1.bias'])
+    z = F.normalize(F.linear(h, hs['projection_head.3.weight'], hs['projection_head.3.bias']), dim=1)
+    for a,b in zip(model([x]), (z, z@hs['prototypes.weight'].T)): close(a, b)
+    learn = Learner(tensor_dls(torch.randint(0, 256, (8,3,32,32), dtype=torch.uint8), bs=4), model,
+                    cbs=SWAV(get_swav_aug_pipelines((2,1), (32,24)), [0,1], K=None, freeze_prototypes_niters=0))
+    old = {k:v.clone() for k,v in model.state_dict().items()}
+    quiet(learn, 1, 1e-3)
+    assert all(not torch.equal(old[k], v) for k,v in model.named_parameters())
+
+def test_layouts(net, file, x):
+    for enc in (create_encoder('resnet50', file), create_encoder(create_timm_encoder('resnet50', pretrained=False, pool_type='avg'), file),
+                CheckpointSequential(create_encoder('resnet50', file)), torch.compile(create_encoder('resnet50', file), backend='eager')):
+        tv = torchvision.models.resnet50(weights=None)
+        assert tv.load_state_dict(layout_state(enc, 'torchvision'), strict=False)==(['fc.weight','fc.bias'], [])
+        tv.fc = nn.Identity()
+        tm = timm.create_model('resnet50', num_classes=0)
+        tm.load_state_dict(layout_state(enc, 'timm'))
+        for o in (tv, tm): close(o.eval()(x), net(x))
+        assert {k:v.shape for k,v in layout_state(enc, 'official').items()}=={k:v.shape for k,v in torch.load(file).items() if not re.search('projection|prototypes', k)}
+
+def test_official_layout_of_a_model_loads_again(net, file, x):
+    buf = io.BytesIO()
+    torch.save(layout_state(create_official_model(file), 'official'), buf)
+    again,first = torch.load(io.BytesIO(buf.getvalue())),torch.load(file)
+    assert list(again)==list(first) and all(torch.equal(again[k], first[k]) for k in first)
+
+def test_layouts_of_other_architectures(x):
+    for arch,layout,target in (('resnet18','torchvision',torchvision.models.resnet18), ('densenet121','torchvision',torchvision.models.densenet121)):
+        enc,other = create_encoder(arch, pretrained=False, pool_type='avg').eval(),target(weights=None)
+        left = other.load_state_dict(layout_state(enc, layout), strict=False)
+        assert left.unexpected_keys==[] and len(left.missing_keys)==2
+    enc = create_timm_encoder('test_vit', pretrained=False, n_in=1)
+    other = timm.create_model('test_vit', num_classes=0, in_chans=1)
+    other.load_state_dict(layout_state(enc, 'timm'))
+    close(other.eval()(x[:,:1,:32,:32].repeat(1,1,5,5)), enc.eval()(x[:,:1,:32,:32].repeat(1,1,5,5)))
