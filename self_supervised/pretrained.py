@@ -64,7 +64,7 @@ def read_official(
         raise OSError(f'{_official[weights].url} could not be fetched ({e.reason}): fetch it where there is a network and pass its path, '
                       f'or put it into {torch.hub.get_dir()}/checkpoints') from e
     except (RuntimeError, UnpicklingError, EOFError, OSError) as e: # PyTorch raises any of them
-        raise ValueError(f'{weights} is damaged, or no file of PyTorch ({e}): delete it'
+        raise ValueError(f'{weights} is damaged, or no file of PyTorch ({type(e).__name__}): delete it'
                          + (f' from {torch.hub.get_dir()}/checkpoints' if str(weights) in _official else '') + ' and fetch it again') from e
     return {k.removeprefix('module.'):v for k,v in state.get('state_dict', state).items()} # a checkpoint of their running training has it inside
 
