@@ -17,6 +17,7 @@ from self_supervised.diagnostics import *
 from self_supervised.checkpoint import *
 from self_supervised.pretrained import *
 from self_supervised.recipes import *
+from self_supervised.transfer import *
 
 for _m in (_import(f'self_supervised.vision.{o.name}') for o in _modules(_vision.__path__)): # each method that there is
     globals().update({n:getattr(_m, n) for n in _m.__all__})

@@ -79,7 +79,7 @@ def _is_head(k): return k.startswith(('projection_head.', 'prototypes.'))
 
 def _check_names(theirs, mine, weights, what):
     "Raise unless both dicts have the same names and shapes"
-    bad = [f'{k}: {" is missing" if k not in theirs else f"is left over" if k not in mine else f"{tuple(theirs[k].shape)} in the file, {tuple(mine[k].shape)} here"}'
+    bad = [f'{k}: {"is missing" if k not in theirs else "is left over" if k not in mine else f"{tuple(theirs[k].shape)} in the file, {tuple(mine[k].shape)} here"}'
            for k in {**mine, **theirs} if k not in theirs or k not in mine or theirs[k].shape!=mine[k].shape]
     if bad: raise ValueError(f'{weights} does not fit {what}, nothing was loaded. {len(bad)} tensors differ: ' + '; '.join(bad))
 

@@ -279,7 +279,7 @@ def suggest(self:Recipe,
     crops = self.args.get('crop_sizes') or (self.args['size'],)
     if image_size and image_size<crops[0]:
         sizes = tuple(max(8, round(o*image_size/crops[0])) for o in crops)
-        change(f'crops no larger than the images, all in proportion', **({'crop_sizes':sizes} if 'crop_sizes' in self.args else {'size':sizes[0]}))
+        change('crops no larger than the images, all in proportion', **({'crop_sizes':sizes} if 'crop_sizes' in self.args else {'size':sizes[0]}))
         if image_size<=64: change('small images: a blur hides what they show, and strong colours are most of what is left (SimCLR, appendix B.9)', blur=False, jitter_s=.5)
         if image_size<=64 and len(crops)>1: change(f'a crop of 5 % of the area is {round(.22*image_size)} pixels wide; these are the scales of swav_small', min_scales=(.4,.1), max_scales=(1.,.4))
         if image_size<=64 and 'resne' in self.arch: change('the stem would leave a quarter of the resolution (SimCLR, appendix B.9)', low_resolution=True)

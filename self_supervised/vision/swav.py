@@ -46,8 +46,10 @@ def get_swav_aug_pipelines(
 def normalize_prototypes(
     model:nn.Module, # a model with `prototypes`
 ):
-    "Give the prototypes of `model` unit length"
-    model.prototypes.weight.copy_(F.normalize(model.prototypes.weight, dim=1))
+    "Give the prototypes of `model` unit length; those that have it, within rounding, stay as they are to the bit"
+    w  = model.prototypes.weight.data # not a step to differentiate: passes that wait for their backward pass stay valid
+    ok = (w.norm(dim=1, keepdim=True)-1).abs() <= 4*torch.finfo(w.dtype).eps
+    w.copy_(torch.where(ok, w, F.normalize(w, dim=1)))
 
 class SwAVModel(nn.Module):
     "Encoder, projector and prototypes, and the queue as part of the state"
@@ -64,8 +66,13 @@ class SwAVModel(nn.Module):
         x:Tensor|list, # views [(B,C,h,w),…], or images (B,C,H,W)
     ) -> tuple|Tensor: # embeddings (V·B,D) of unit length and scores (V·B,K), view by view; or features (B,F)
         "Embeddings and scores of a list of views; features of a batch of images"
-        if not isinstance(x, (list,tuple)): return self.encoder(x)
-        z = F.normalize(self.projector(multicrop(self.encoder, x)), dim=1)
+        return self.score(multicrop(self.encoder, x)) if isinstance(x, (list,tuple)) else self.encoder(x)
+
+    def score(self,
+        feats:Tensor, # (B,F) features of the encoder
+    ) -> tuple: # embeddings (B,D) of unit length, and scores (B,K)
+        "What features become: embeddings, and their scores"
+        z = F.normalize(self.projector(feats), dim=1)
         return z, self.prototypes(z)
 
 # %% ../../nbs/10_vision.swav.ipynb #26d30935
@@ -181,8 +188,7 @@ def after_step(self:SWAV):
 @patch
 def before_train(self:SWAV):
     "Prototypes from elsewhere, a loaded file for example, may have any length"
-    norm = self.ssl_model.prototypes.weight.detach().norm(dim=1)
-    if (norm-1).abs().max() > 1e-5: normalize_prototypes(self.ssl_model) # unit ones stay as they are, to the bit
+    normalize_prototypes(self.ssl_model)
 
 @patch
 def before_validate(self:SWAV):
