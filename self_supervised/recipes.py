@@ -69,6 +69,7 @@ class Recipe:
         if opt not in _opts: raise ValueError(f'opt={opt!r} must be one of {", ".join(_opts)}')
         if precision not in ('fp16','bf16','fp32'): raise ValueError(f'precision={precision!r} must be fp16, bf16 or fp32')
         if min(bs, epochs)<1 or lr<=0: raise ValueError(f'bs={bs}, epochs={epochs} and lr={lr} must be positive')
+        if not 0<=warmup_epochs<epochs: raise ValueError(f'warmup_epochs={warmup_epochs} must be fewer than epochs={epochs}: give both')
         store_attr(but='kwargs')
         self.args = kwargs
         for k in kwargs:
@@ -234,7 +235,6 @@ def fit(self:Recipe,
     "Train `learn` for the epochs of the recipe, on its schedule"
     cb,dl = first(o for o in learn.cbs if isinstance(o, SSLCallback)),learn.dls.train
     if cb is None: raise ValueError('this Learner has no self-supervised callback: make it with recipe.learner(dls)')
-    if self.warmup_epochs>=self.epochs: raise ValueError(f'warmup_epochs={self.warmup_epochs} must be fewer than epochs={self.epochs}: change one of them with recipe.new(…)')
     bs,r = dl.bs*world_size(),self
     if bs!=self.bs:
         r = self.new(bs=bs)

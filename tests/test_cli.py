@@ -1,0 +1,468 @@
+"The commands alone, with torchrun and under Slurm; what they refuse; and what is left when a process dies"
+import csv, json, math, os, re, shlex, signal, socket, subprocess, sys, time, uuid
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np, psutil, pytest, timm, torch, torchvision
+from PIL import Image
+
+from self_supervised import cli
+from self_supervised.all import (create_encoder, create_swav_model, encoder_info, fashion_mnist, fine_tune, knn, linear_probe, load_encoder, read_whole,
+                                 sgd_probe, tensor_dls)
+from self_supervised.checkpoint import write_whole
+from self_supervised.pretrained import create_official_model
+from self_supervised.recipes import get_recipe, recipes, setting_info
+
+n_images = 2048
+n_few,steps_per_epoch = 256,4 # in the runs that are cut short, with 64 images a step
+n_labelled = 600,200
+small = ('--arch test_mambaout --no-low-resolution --n-in 1 --hidden-size 256 --bs 64 --lr .0021 --lr-start .0002 --lr-final 2e-6 --warmup-epochs 1 '
+         '--workers 0').split()
+swav  = '--recipe swav_small --n-protos 30'.split()
+tiny  = [*swav, *small]
+kinds = {'swav':tiny, 'simclr':['--recipe', 'simclr_small', *small]}
+
+def tiny_encoder(): return create_encoder('test_mambaout', pretrained=False, n_in=1, pool_type='avg')
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    "The first images of the embedded Fashion-MNIST, as files; those in few/ are for runs where nothing is learned, labelled/ has train/ and val/"
+    path = tmp_path_factory.mktemp('images')
+    def save(x, fn):
+        fn.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(x[0].numpy()).save(fn)
+    train,test = fashion_mnist()
+    for i,x in enumerate(train[0][:n_images]): save(x, path/'all'/('few' if i<n_few else '')/f'{i:04}.png')
+    for nm,(xs,ys),n in zip(('train','val'), (train,test), n_labelled):
+        for i,(x,y) in enumerate(zip(xs[:n], ys)): save(x, path/'labelled'/nm/f'class{y}'/f'{i:04}.png')
+    return path
+
+def labelled_dls(bs=256):
+    "The labelled images in the order of their files"
+    parts = [(x[:n][o],y[:n][o]) for (x,y),n in zip(fashion_mnist(), n_labelled) for o in [y[:n].argsort(stable=True)]]
+    return tensor_dls(*parts, bs=bs, drop_last=False)
+
+@pytest.fixture
+def start(project, tmp_path):
+    "Start a command, its output in files; whatever is left of it at the end of the test is killed"
+    tag = uuid.uuid4().hex
+    def _start(*cmd, **env):
+        out,err = (tmp_path/f'{uuid.uuid4().hex}.{o}' for o in ('out','err'))
+        env = {**os.environ, 'PATH':f'{Path(sys.executable).parent}:{os.environ["PATH"]}', 'OMP_NUM_THREADS':'1', 'CLI_TEST':tag, **env}
+        with out.open('w') as o, err.open('w') as e: p = subprocess.Popen([str(c) for c in cmd], cwd=project, env=env, stdout=o, stderr=e, start_new_session=True)
+        p.out,p.err = out.read_text,err.read_text
+        return p
+    yield _start
+    for p in psutil.process_iter():
+        with suppress(psutil.Error): # ended meanwhile, or somebody else's
+            if p.environ().get('CLI_TEST')==tag: p.kill()
+
+def free_port(ports=(0,)): # 0: the system picks one
+    for port in ports:
+        with suppress(OSError), socket.socket() as s:
+            s.bind(('localhost', port))
+            return s.getsockname()[1]
+
+def torchrun(n): return 'torchrun', '--nproc-per-node', n, '--master-port', free_port(), '--no-python'
+
+def wait_until(ready, p, seconds=120):
+    end = time.monotonic()+seconds
+    while not ready():
+        assert p.poll() is None and time.monotonic()<end, p.out()+p.err()
+        time.sleep(.02)
+
+def done(p):
+    "The output of a command that must end well"
+    assert p.wait(240)==0, p.out()+p.err()
+    return p.out()
+
+def rows(out):
+    "Losses of the table that a run prints, which must not be there twice"
+    assert len(re.findall(r'epoch +train_loss', out))<=1, out
+    found = re.findall(r'^\W*(\d+) +(\S+) +None', out, re.M)
+    assert [int(i) for i,_ in found]==list(range(len(found))), out
+    return [float(o) for _,o in found]
+
+def history(out): return list(csv.DictReader((out/'history.csv').open()))
+
+def check_run(p, out, epochs):
+    "A run that must end well: its losses"
+    txt = done(p)
+    losses = rows(txt)
+    assert len(losses)==epochs and all(map(math.isfinite, losses)), txt
+    assert txt.count(f'{out}/encoder.safetensors')==1
+    assert {o.name for o in out.iterdir()} >= {'checkpoints', 'encoder.safetensors', 'history.csv', 'settings.json', 'views.png', 'loss.png'}
+    assert not list(out.glob('*.part'))
+    assert [(int(o['epoch']), round(float(o['train_loss']), 6)) for o in history(out)]==[(i, pytest.approx(l, abs=2e-6)) for i,l in enumerate(losses)]
+    return losses
+
+def accuracy(encoders):
+    "k-NN on images that the command has not seen"
+    (x,y),test = fashion_mnist()
+    dls = tensor_dls((x[:n_images],y[:n_images]), test, bs=500, drop_last=False)
+    return [float(knn(o, dls)) for o in encoders]
+
+def check_saved(out, done):
+    "The newest checkpoint is whole, and of the first epoch that is not in the table, or its last step"
+    saved = read_whole(max((out/'checkpoints').glob('*.ckpt')))
+    create_swav_model(tiny_encoder(), hidden_size=256, n_protos=30).load_state_dict(saved['model'])
+    assert 0 <= saved['train_iter']-steps_per_epoch*len(done) <= steps_per_epoch+1
+
+# k-NN in %, seeds 42 to 44: SwAV 71.9, 72.5, 72.9 on one process and 72.0, 72.7, 73.0 on two, SimCLR (42, 43) 75.0, 74.1 and 75.4, 74.5; the
+# untrained encoder 66.4 ± 1.5 (6 seeds). Losses at the end differ by up to 0.07; without the negatives of the other process SimCLR's would be
+# lower by 0.6.
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['swav', 'simclr'])
+def test_two_processes_learn_what_one_does(method, images, tmp_path, start):
+    args = 'ssl_pretrain', images/'all', *kinds[method], '--epochs', 5, '--out'
+    runs = [start(*args, tmp_path/'1'), start(*torchrun(2), *args, tmp_path/'2')]
+    losses = [check_run(p, tmp_path/f'{i}', epochs=5)[-1] for i,p in enumerate(runs, 1)]
+    *untrained,one,two = accuracy([*(tiny_encoder() for _ in range(3)), *(load_encoder(tmp_path/f'{i}'/'encoder.safetensors') for i in (1,2))])
+    assert min(one, two) > np.mean(untrained)+.03
+    assert abs(one-two) < .04
+    assert abs(losses[0]-losses[1]) < .25
+
+@pytest.mark.slow
+def test_from_images_to_answers(images, tmp_path, start):
+    "A run that Ctrl-C stops, an answer in between, the same command again, and all that can be asked and made of it"
+    out,data = tmp_path/'run',images/'labelled'
+    cmd = 'ssl_pretrain', images/'all'/'few', *tiny, '--epochs', 6, '--labelled', data, '--out', out
+    p = start(*cmd)
+    wait_until(lambda: len(rows(p.out()))>1, p)
+    p.send_signal(signal.SIGINT)
+    assert p.wait(60)==130, p.err()
+    assert f'To go on, give the same command again: {shlex.join(map(str, cmd))}' in p.out() and 'Traceback' not in p.err()
+    stopped = len(rows(p.out()))
+    check_saved(out, rows(p.out()))
+    again,early = start(*cmd, '--resume'),start('ssl_knn', out, data)
+    assert 'checkpoint fit01-step' in done(early)
+    assert 'Going on from' in done(again) and (out/'monitor.png').exists()
+    assert [int(o['epoch']) for o in history(out)]==list(range(6)) and re.findall(r'^\W*(\d+) +\S+ +None', again.out(), re.M)==[str(i) for i in range(stopped, 6)]
+
+    said = json.loads((out/'settings.json').read_text())
+    want = get_recipe('swav_small', arch='test_mambaout', low_resolution=False, n_protos=30, hidden_size=256, bs=64, lr=.0021, lr_start=.0002, lr_final=2e-6, warmup_epochs=1., epochs=6)
+    assert said['recipe']=='swav_small' and said['settings']==json.loads(json.dumps(want.settings))
+    assert said['data']['images']==n_few and said['run']['n_in']==1 and said['versions']['torch'] and 'commit' in said
+
+    asked = [start(*o) for o in (('ssl_knn', out, data, '--k', 10), ('ssl_linear', out, data, '--epochs', 3, '--bs', 64), ('ssl_semisup', out, data, '--pct', '10%', '--epochs', 3),
+                                 ('ssl_export', out, '--out', tmp_path/'e.safetensors'))]
+    said = [done(p) for p in asked]
+    said.insert(2, str(cli.ssl_linear(str(out/'encoder.safetensors'), data, logistic=True)))
+    encoder = load_encoder(out/'encoder.safetensors')
+    want = [knn(encoder, labelled_dls(), k=10), sgd_probe(encoder, labelled_dls(64), epochs=3, bs=64), linear_probe(encoder, labelled_dls()),
+            fine_tune(encoder, labelled_dls(), .1, epochs=3)]
+    lines = [json.loads(o) for o in (out/'results.jsonl').read_text().splitlines()][1:] # the first is of the checkpoint
+    found = {o['protocol']:o for o in lines}
+    for r,txt in zip(want, said):
+        assert txt.startswith(r.protocol+': ')
+        assert found[r.protocol]['accuracy']==pytest.approx(r.accuracy, abs=.011), r # of 200 images, two
+        assert f"{100*found[r.protocol]['accuracy']:.1f} %" in txt
+    assert float(history(out)[-1]['knn'])==pytest.approx(float(knn(encoder, labelled_dls())), abs=.011)
+    assert encoder_info(tmp_path/'e.safetensors')==encoder_info(out/'encoder.safetensors')
+    for a,b in zip(encoder.state_dict().values(), load_encoder(tmp_path/'e.safetensors').state_dict().values()): assert torch.equal(a, b)
+
+def make_run(out, **settings):
+    "The folder of a run that has got as far as a checkpoint; its model"
+    r = get_recipe('swav_small', n_protos=30, hidden_size=64, low_resolution=False, pool_type='avg', **settings)
+    learn = r.learner(tensor_dls(torch.zeros(4, 3, 28, 28), bs=2))
+    for o in learn.model.modules():
+        if isinstance(o, torch.nn.BatchNorm2d): o.running_mean.uniform_(-1, 1)
+    (out/'checkpoints').mkdir(parents=True)
+    (out/'settings.json').write_text(json.dumps(dict(recipe=r.name, method=r.method, settings=r.settings, run=dict(n_in=3))))
+    write_whole({'model':learn.model.state_dict()}, out/'checkpoints'/'fit01-step000000001.ckpt')
+    return learn.model.eval()
+
+def test_export_for_others(tmp_path):
+    "Weights that torchvision, timm and the loader of official files read, and which give the same features there"
+    x,a,b = torch.randn(2, 3, 64, 64),*(make_run(tmp_path/o, arch=o) for o in ('resnet18','resnet50'))
+    def export(layout, arch='resnet18'): return torch.load(cli.ssl_export(str(tmp_path/arch), tmp_path/'out.pth', layout), weights_only=True)
+    for layout,other in (('torchvision', torchvision.models.resnet18()), ('timm', timm.create_model('resnet18'))):
+        assert set(other.load_state_dict(export(layout), strict=False).missing_keys)=={'fc.weight','fc.bias'}
+        other.fc = torch.nn.Identity()
+        torch.testing.assert_close(other.eval()(x), a.encoder(x), atol=1e-5, rtol=1e-5)
+    state = export('official', 'resnet50')
+    assert state['module.prototypes.weight'].equal(b.prototypes.weight) and {'module.projection_head.0.weight', 'module.conv1.weight'} <= set(state)
+    torch.testing.assert_close(create_official_model(tmp_path/'out.pth').eval()([x])[0], b([x])[0], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match='hold ResNet-50s, not a resnet18'): export('official')
+
+def test_released_weights(images, tmp_path, monkeypatch):
+    "A file of the official layout is an encoder to ask about, in the normalisation of ImageNet"
+    model = make_run(tmp_path/'run', arch='resnet50')
+    file  = cli.ssl_export(str(tmp_path/'run'), tmp_path/'some.pth.tar', 'official')
+    encoder,size,stats = cli._open(str(file), None, None)
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(encoder.eval().cpu()(x), model.encoder(x), atol=1e-5, rtol=1e-5)
+    assert size==224 and np.allclose(stats, ([.485,.456,.406], [.229,.224,.225]))
+    with pytest.raises(ValueError, match='left over'): cli._open(str(file), 'resnet18', None)
+
+@pytest.mark.slow
+def test_signals_to_all(images, tmp_path, start):
+    "Slurm tells torchrun and its processes at once, and torchrun tells its processes again; a terminal tells the processes that read images too: the run is saved all the same"
+    def run(how, sig, out, *args):
+        p = start(*how, 'ssl_pretrain', images/'all'/'few', *tiny, '--epochs', 1000, '--out', out, *args)
+        wait_until(lambda: len(rows(p.out()))>1, p)
+        for o in [*psutil.Process(p.pid).children(recursive=True), p]: o.send_signal(sig)
+        p.wait(60)
+        assert 'To go on' in p.out(), p.out()+p.err()
+        check_saved(out, rows(p.out()))
+    run(torchrun(2), signal.SIGTERM, tmp_path/'1')
+    run((), signal.SIGINT, tmp_path/'2', '--workers', 1)
+
+@pytest.mark.slow
+def test_slurm(images, tmp_path, start):
+    "The batch file, on two machines that are this one"
+    stubs = {'scontrol':'[[ "$*" == "show hostnames a[1-2]" ]] && echo localhost && echo elsewhere',
+             'srun':'echo "$@" > $0.args; while [[ $1 == --* ]]; do shift; done; "$@" & "$@" && wait $!'}
+    for nm,body in stubs.items():
+        (tmp_path/nm).write_text(f'#!/bin/bash\n{body}\n')
+        (tmp_path/nm).chmod(0o755)
+    port = free_port(range(20000, 30000)) # the batch file makes it of the job's number
+    p = start('bash', 'examples/pretrain.sbatch', images/'all'/'few', *kinds['simclr'], '--epochs', 2, '--out', tmp_path/'out',
+              PATH=f'{tmp_path}:{Path(sys.executable).parent}:{os.environ["PATH"]}', SLURM_JOB_NODELIST='a[1-2]', SLURM_NNODES='2',
+              SLURM_JOB_ID=str(port-20000), SLURM_GPUS_ON_NODE='1', SLURM_CPUS_PER_TASK='1')
+    check_run(p, tmp_path/'out', epochs=2)
+    assert json.loads((tmp_path/'out'/'settings.json').read_text())['run']['processes']==2
+    assert f'--rdzv-endpoint localhost:{port} ' in (tmp_path/'srun.args').read_text() # torchrun has a default that would do here, but not on two machines
+
+# Each rank gets another --out, to see what it writes.
+@pytest.mark.slow
+@pytest.mark.parametrize('how,seconds,message', [(signal.SIGKILL, 600, 'closed|reset'), (signal.SIGSTOP, 10, 'Timed out|timed out|[Tt]imeout')])
+def test_a_rank_dies_or_hangs(how, seconds, message, images, tmp_path, start):
+    env = dict(WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT=str(free_port()))
+    ranks = [start('ssl_pretrain', images/'all'/'few', *tiny, '--epochs', 1000, '--minutes', 1e-4, '--timeout', seconds, '--out', tmp_path/f'{r}',
+                   RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(2)]
+    wait_until(lambda: len(rows(ranks[0].out()))>1, ranks[0])
+    ranks[1].send_signal(how)
+    assert ranks[0].wait(60)!=0 # seconds; without --timeout a rank waits for 30 minutes. After the error gloo's threads may abort it (-6)
+    assert re.search(f'Error: .*({message})', ranks[0].err()), ranks[0].err()
+    check_saved(tmp_path/'0', rows(ranks[0].out()))
+    assert not (tmp_path/'1').exists() and not ranks[1].out()
+
+@pytest.mark.slow
+def test_torchrun_ends_when_a_rank_dies(images, tmp_path, start):
+    p = start(*torchrun(2), 'ssl_pretrain', images/'all'/'few', *tiny, '--epochs', 1000, '--minutes', 1e-4, '--out', tmp_path/'out')
+    wait_until(lambda: len(rows(p.out()))>1, p)
+    next(o for o in psutil.Process(p.pid).children(recursive=True) if o.environ().get('RANK')=='1').kill()
+    assert p.wait(60)>0
+    check_saved(tmp_path/'out', rows(p.out()))
+
+@pytest.mark.slow
+def test_killed_while_saving(images, tmp_path, start):
+    "Killed with half of a checkpoint written; the same command again goes on, and in the end everything is as if nothing had happened"
+    (tmp_path/'run.py').write_text('''
+import io, os, signal, torch
+from self_supervised.cli import ssl_pretrain
+save,n = torch.save,0
+def dying(obj, f, **kwargs):
+    global n
+    n += 1
+    if n<11: return save(obj, f, **kwargs)
+    whole = io.BytesIO()
+    save(obj, whole, **kwargs)
+    f.write(whole.getvalue()[:len(whole.getvalue())//2])
+    f.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+torch.save = dying
+ssl_pretrain()
+''')
+    args = images/'all'/'few', *tiny, '--epochs', 4, '--minutes', 1e-4, '--out'
+    whole,p = start('ssl_pretrain', *args, tmp_path/'whole'),start(sys.executable, tmp_path/'run.py', *args, tmp_path/'out')
+    assert p.wait(120)==-signal.SIGKILL, p.err()
+    first = rows(p.out())
+    check_saved(tmp_path/'out', first)
+    p = start('ssl_pretrain', *args, tmp_path/'out')
+    out = done(p)
+    assert 'Going on from' in out and re.findall(r'^\W*(\d+) +\S+ +None', out, re.M)==[str(i) for i in range(len(first), 4)]
+    check_run(whole, tmp_path/'whole', 4)
+    a,b = ((tmp_path/o/'history.csv').read_text() for o in ('whole','out'))
+    assert a==b and a.count('\n')==5
+    a,b = (load_encoder(tmp_path/o/'encoder.safetensors').state_dict() for o in ('whole','out'))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+@pytest.mark.slow
+def test_loggers(images, tmp_path, start):
+    "TensorBoard and W&B watch: the run is the same to the last bit"
+    pytest.importorskip('tensorboard'), pytest.importorskip('wandb')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    args = 'ssl_pretrain', images/'all'/'few', *tiny, '--epochs', 2, '--out'
+    runs = [start(*args, tmp_path/'0'), start(*args, tmp_path/'1', '--tensorboard', '--wandb', 'tests', WANDB_MODE='offline')]
+    assert len({tuple(check_run(p, tmp_path/f'{i}', 2)) for i,p in enumerate(runs)})==1
+    assert (tmp_path/'0'/'history.csv').read_text()==(tmp_path/'1'/'history.csv').read_text()
+    board = EventAccumulator(str(tmp_path/'1'/'tensorboard')).Reload()
+    assert len(board.Scalars('train_loss'))==2*steps_per_epoch
+    assert [o.value for o in board.Scalars('epoch/train_loss')]==pytest.approx([float(o['train_loss']) for o in history(tmp_path/'1')])
+    assert list((tmp_path/'1'/'wandb').glob('offline-run-*/*.wandb'))
+    assert 'Going on from' in done(start(*args, tmp_path/'1')) # without them
+
+@pytest.mark.filterwarnings('ignore:images with 1 channel')
+def test_pictures_leave_no_trace(tmp_path):
+    learn = get_recipe('swav_small', arch='test_mambaout').learner(tensor_dls(fashion_mnist()[0][0][:20], bs=10), path=tmp_path)
+    before = torch.random.get_rng_state(),learn.dls.train.rng.getstate()
+    cli._save_views(learn)
+    assert torch.equal(before[0], torch.random.get_rng_state()) and before[1]==learn.dls.train.rng.getstate()
+    assert Image.open(tmp_path/'views.png').size[0]>300
+
+# Wrong use: PyTorch cannot even be imported here, so whatever is said is said before it would be.
+def refused(*words, env=(), cwd=None):
+    "What a command says without PyTorch"
+    code = 'import sys; sys.modules["torch"] = None; from self_supervised import cli; sys.argv = sys.argv[1:]; getattr(cli, sys.argv[0])()'
+    r = subprocess.run([sys.executable, '-c', code, *map(str, words)], capture_output=True, text=True, env={**os.environ, **dict(env)}, cwd=cwd)
+    assert r.returncode and not r.stdout and 'Traceback' not in r.stderr, r.stdout+r.stderr
+    return r.stderr
+
+@pytest.mark.parametrize('words,says', [
+    ('IMG --recipe swav_smal',                       r'swav_smal is unknown: did you mean swav_small'),
+    ('IMG',                                          r'required: --recipe'),
+    ('IMG --recipe swav_small --n-prots 30',         r'--n-prots is unknown: did you mean --n-protos'),
+    ('IMG --recipe swav_small --epochs many',        r"--epochs: 'many' must be of type int"),
+    ('IMG --recipe swav_small --crop-sizes 28 x',    r"--crop-sizes: 'x' must be number"),
+    ('IMG --recipe swav_small --K some',             r"--K: 'some' must be of type int, or none"),
+    ('IMG IMG --recipe swav_small',                  r'is unknown: is it one word too many'),
+    ('IMGS --recipe swav_small',                     r'not a folder: did you mean all'),
+    ('/no/such/place --recipe swav_small',           r'there is no /no/such either'),
+    ('EMPTY --recipe swav_small',                    r'no image in the folder .* or below it'),
+    ('IMG --recipe swav_small --labelled EMPTY',     r'no image in'),
+    ('IMG --recipe swav_small --labelled FEW',       r'one folder for each class'),
+    ('IMG --recipe swav_small --out IMG/0300.png',   r'is a file: give a folder'),
+    ('IMG --recipe swav_small --out EMPTY --resume', r'no run in .* to go on with'),
+])
+def test_wrong_pretraining(words, says, images, tmp_path):
+    (tmp_path/'empty').mkdir()
+    words = words.replace('IMGS', f'{images}/al').replace('IMG', f'{images}/all').replace('EMPTY', f'{tmp_path}/empty').replace('FEW', f'{images}/all/few')
+    assert re.search(says, refused('ssl_pretrain', *words.split()))
+    assert list(tmp_path.iterdir())==[tmp_path/'empty'] and not list((tmp_path/'empty').iterdir())
+
+@pytest.mark.parametrize('words,says', [
+    ('ssl_knn RUN',                                  r'required: data'),
+    ('ssl_knn RUM DATA',                             r'is not a folder of a run'),
+    ('ssl_knn DATA DATA',                            r'is not a folder of a run'),
+    ('ssl_knn RUN FEW',                              r'one folder for each class'),
+    ('ssl_linear RUN DATA --schedule poly',          r"invalid choice: 'poly'"),
+    ('ssl_linear RUN DATA --n-per-class 5',          r'belongs to --logistic'),
+    ('ssl_knn RUN DATA --results /no/such/x',        r'cannot be written'),
+    ('ssl_semisup RUN DATA',                         r'give --pct \(1%, 10%\) or --n-per-class'),
+    ('ssl_semisup RUN DATA --pct 1',                 r'write 1% or 100%'),
+    ('ssl_semisup RUN DATA --pct 0',                 r"'0' must be a part of the labels"),
+    ('ssl_export RUN',                               r'required: --out'),
+    ('ssl_export random:resnet18 --out x',           r'is no run of yours'),
+    ('ssl_export RUN --out DATA',                    r'must be a file in a folder'),
+    ('ssl_export swav_800ep --out x',                r'is no run of yours'),
+    ('ssl_knn swav_80ep DATA',                       r'did you mean swav_800ep'),
+])
+def test_wrong_questions(words, says, images, tmp_path):
+    (tmp_path/'run').mkdir()
+    (tmp_path/'run'/'encoder.safetensors').touch()
+    for k,v in dict(RUN=tmp_path/'run', RUM=tmp_path/'rum', DATA=images/'labelled', FEW=images/'all'/'few').items(): words = words.replace(k, str(v))
+    assert re.search(says, refused(*words.split(), cwd=tmp_path))
+    assert {o.name for o in tmp_path.iterdir()}=={'run'}
+
+def test_questions_on_one_process(images, tmp_path): assert 'start it without torchrun' in refused('ssl_knn', 'random:resnet18', images/'labelled', env=dict(WORLD_SIZE='2'))
+
+def test_missing_loggers(images, monkeypatch):
+    monkeypatch.setattr(cli, 'find_spec', lambda nm: None)
+    for kw in (dict(tensorboard=True), dict(wandb='x')):
+        with pytest.raises(ValueError, match=r"not installed: pip install 'self_supervised\[log\]'"): cli.ssl_pretrain(images/'all', 'swav_small', **kw)
+
+def test_other_settings(images, tmp_path):
+    "A run is not gone on with under other settings: those that are given are compared at once, those of the recipe before anything is built"
+    r = get_recipe('swav_small', bs=64)
+    run = dict(n_in=1, load_size=None, checkpointing=False, seed=42, labelled=False, processes=1)
+    (tmp_path/'settings.json').write_text(json.dumps(dict(recipe='swav_small', run=run, settings=r.settings)))
+    cli._check_same(tmp_path, dict(recipe='simclr_small')) # nothing was saved yet
+    (tmp_path/'checkpoints').mkdir()
+    (tmp_path/'checkpoints'/'fit01-step000000001.ckpt').touch()
+    said = refused('ssl_pretrain', images/'all', '--recipe', 'swav_small', '--n-in', 1, '--bs', 32, '--crop-sizes', 32, 16, '--out', tmp_path)
+    assert 'bs: 64 → 32; crop_sizes: [28, 14] → [32, 16]' in said and 'another --out' in said
+    with pytest.raises(ValueError, match=r'bs: 64 → 128'): cli.ssl_pretrain(images/'all', 'swav_small', tmp_path, n_in=1)
+    with pytest.raises(ValueError, match=r'temp2: not set → 1'): cli._check_same(tmp_path, dict(temp2=1))
+    cli._check_same(tmp_path, dict(recipe='swav_small', **run, **r.settings))
+
+def test_wrong_after_all(images, tmp_path, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '3')
+    with pytest.raises(ValueError, match='--bs 64 is the batch of all 3 processes'): cli.ssl_pretrain(images/'all', 'swav_small', tmp_path/'out', n_in=1, bs=64)
+    monkeypatch.setenv('WORLD_SIZE', '1')
+    with pytest.raises(ValueError, match='n_protos is no setting of a simclr'): cli.ssl_pretrain(images/'all', 'simclr_small', tmp_path/'out', n_protos=3)
+    assert not (tmp_path/'out').exists()
+
+def test_labelled_data(images, tmp_path):
+    for i in range(10): Image.new('L', (8,8)).save(tmp_path/f'{i}.png') # beside the classes: not looked at
+    for i,c in enumerate('aab'*5):
+        (tmp_path/c).mkdir(exist_ok=True)
+        Image.fromarray(np.full((10,20), 10*(c=='b')+i, dtype=np.uint8)).save(tmp_path/c/f'{i}.png')
+    dls = cli._labelled_dls(tmp_path, (8,8), (8,8), n_in=1, valid_pct=.4)
+    assert [len(o.dataset) for o in dls]==[9,6] and dls.vocab==['a','b']
+    shown = [o for dl in dls for x,y in dl for o in zip(x[:,0,0,0].tolist(), y.tolist())]
+    assert len(shown)==15 and set(shown)=={(10*(c=='b')+i, int(c=='b')) for i,c in enumerate('aab'*5)}
+    assert [next(iter(o))[0].shape[-1] for o in cli._labelled_dls(tmp_path, (8,8), (10,10), n_in=1, views=True)]==[10,8] # crops are cut from more
+    with pytest.raises(ValueError, match='valid_pct=0.*leaves none'): cli._labelled_dls(tmp_path, (8,8), (8,8), n_in=1, valid_pct=0)
+    (tmp_path/'val'/'c').mkdir(parents=True)
+    Image.new('L', (8,8)).save(tmp_path/'val'/'c'/'1.png')
+    (tmp_path/'train').mkdir()
+    for c in 'ab': (tmp_path/c).rename(tmp_path/'train'/c)
+    with pytest.raises(ValueError, match='val has classes without training images: c'): cli._labelled_dls(tmp_path, (8,8), (8,8), n_in=1)
+    for f in (tmp_path/'train'/'b').iterdir(): f.unlink()
+    with pytest.raises(ValueError, match='images of one class only, a'): cli._labelled_dls(tmp_path, (8,8), (8,8), n_in=1)
+
+def test_centre():
+    "The shorter side to 256, the centre of 224: as torchvision does it"
+    from torchvision.transforms import v2
+    x = torch.rand(1, 3, 40, 60)
+    im = v2.functional.to_pil_image(torch.nn.functional.interpolate(x, (300,450), mode='bicubic')[0].clamp(0, 1))
+    want = v2.Compose([v2.Resize(256), v2.CenterCrop(224), v2.PILToTensor()])(im).float()
+    import tempfile
+    with tempfile.TemporaryDirectory() as d:
+        im.save(f'{d}/x.png')
+        size,resize = cli._sizes(224)
+        got = cli._open_centre(f'{d}/x.png', resize, size, 3).float()
+    assert got.shape==want.shape and (got-want).abs().mean()<1.
+
+def test_flags_are_those_of_the_recipes():
+    "cli.json, from which the commands know them without PyTorch: run its notebook if this fails"
+    assert json.loads(cli._file.read_text())==json.loads(json.dumps(cli._ask()))
+    assert set(cli._ask()['settings'])==set(setting_info()) and set(cli._ask()['recipes'])==set(recipes())
+
+def parse(words):
+    nm,*rest = shlex.split(words)
+    return nm,cli._parse(getattr(cli, nm).__wrapped__, rest)
+
+def test_every_setting_has_a_flag_that_gives_it():
+    "All settings of all recipes, written as flags, make the same recipe"
+    for nm in recipes():
+        r,words = get_recipe(nm),[]
+        for k,v in r.settings.items():
+            f = k.replace('_', '-')
+            if isinstance(v, bool): words.append(f'--{f}' if v else f'--no-{f}')
+            else: words += [f'--{f}', *map(str, v if isinstance(v, tuple) else ['none' if v is None else v])]
+        _,args = parse(f'ssl_pretrain photos --recipe {nm} '+' '.join(words))
+        given = {k:v for k,v in args.items() if k in r.settings}
+        assert given==r.settings and {k:type(v) for k,v in given.items()}=={k:type(v) for k,v in r.settings.items()}
+    assert parse('ssl_pretrain a --recipe b --stats .1 .2 .3 .4')[1]['stats']==([.1,.2],[.3,.4])
+    assert parse('ssl_pretrain a --recipe b --stats none --size 28')[1] | dict(stats=None, size=28)==parse('ssl_pretrain a --recipe b --stats none --size 28')[1]
+    assert 'stats' not in parse('ssl_pretrain a --recipe b')[1]
+
+def test_commands_in_the_texts(project):
+    "The batch file is valid bash, and the commands know the options that texts show"
+    batch = project/'examples'/'pretrain.sbatch'
+    assert subprocess.run(['bash', '-n', batch], capture_output=True).stderr==b''
+    cells = json.loads((project/'nbs'/'70_cli.ipynb').read_text())['cells']
+    text  = '\n'.join(''.join(c['source']) for c in cells if c['cell_type']=='markdown')
+    shown = re.findall(r'^ +(?:torchrun .*--no-python )?(ssl_\w+ .*)$', text, re.M) + ['ssl_pretrain '+o for o in re.findall(r'examples/pretrain\.sbatch (photos .*)', batch.read_text())]
+    assert len(shown)>=5
+    for nm,args in map(parse, shown): assert nm!='ssl_pretrain' or args['recipe'] in recipes()
+    flags = {o for nm in ('ssl_pretrain','ssl_linear','ssl_semisup') for o in help_flags(nm)}
+    table = [o for row in re.findall(r'^\| `--[^|]*\|([^|]*)\|', text, re.M) for o in re.findall(r'`(--[\w-]+)', row)]
+    assert len(table)>30 and set(table)<=flags, set(table)-flags
+
+def help_flags(nm):
+    r = subprocess.run([sys.executable, '-c', f'import sys; sys.modules["torch"] = None; sys.argv = ["{nm}", "--help"]; from self_supervised import cli; cli.{nm}()'], capture_output=True, text=True)
+    assert r.returncode==0, r.stderr
+    return re.findall(r'(?<!\w)(--[\w-]+)', r.stdout)
+
+def test_suggest(images, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['ssl_pretrain', 'photos', '--recipe', 'swav_200ep', '--suggest'])
+    assert cli.ssl_pretrain(images/'all', 'swav_200ep', tmp_path/'out', n_in=1, suggest=True) is None
+    shown = capsys.readouterr().out.splitlines()
+    assert any(o.startswith('crop_sizes=') for o in shown) and not (tmp_path/'out').exists()
+    nm,args = parse(shown[-1])
+    new = get_recipe('swav_200ep').suggest(n_images, 28, n_in=1).settings
+    assert {k:v for k,v in args.items() if k in new}=={k:pytest.approx(v, rel=1e-5) if isinstance(v, float) else v for k,v in new.items() if get_recipe('swav_200ep').settings.get(k, new)!=v}
