@@ -7,6 +7,8 @@ import pytest
 from fastai.learner import Learner
 from PIL import Image
 
+from self_supervised import cli
+
 placeholder,labelled,n_images = 'path/to/images','path/to/labelled',64
 
 def blocks(text):
@@ -16,12 +18,19 @@ def blocks(text):
 def prose(text): return re.sub(r'^```.*?^```', '', text, flags=re.M|re.S)
 def commands(text): return [l.removeprefix('$ ').strip() for lang,code in blocks(text) if lang in ('sh', 'bash', 'shell', 'console') for l in code.splitlines() if l.strip()]
 
+commands_of_ours = cli.__all__
+
+def parses(nm, *words):
+    try: return bool(cli._parse(getattr(cli, nm), words))
+    except SystemExit: return False
+
 def bad_commands(text, targets):
-    "Commands that are none of: git clone URL, cd DIR, make TARGET (with variables, perhaps), pip install ..."
+    "Commands that are none of: git clone URL, cd DIR, make TARGET (with variables, perhaps), pip install ..., or one of ours with flags that it has"
     def _ok(words):
         while words and re.fullmatch(r'[A-Z]+=\S+', words[0]): words = words[1:]
         if words[:2]==['git', 'clone']: return len(words)==3
         if words[:1]==['cd']: return len(words)==2
+        if words and words[0] in commands_of_ours: return parses(*words)
         if words[:1]==['make']: return len(words)==2 and words[1] in targets
         return words[:2]==['pip', 'install']
     return [c for c in commands(text) for part in c.split('&&') if not _ok(shlex.split(part, comments=True))]
@@ -85,8 +94,10 @@ make dmeo
 VENV=env make test
 sudo make test
 curl https://example.com
+ssl_knn run labelled --k 5
+ssl_knn run labelled --neighbours 5
 ```
 [in page](#a-title) [nowhere](#nowhere) [folder](tests/) [web](https://example.com) ![gone](images/gone.png) <img src="gone.svg">
 '''
-    assert bad_commands(text, targets)==['make dmeo', 'sudo make test', 'curl https://example.com']
+    assert bad_commands(text, targets)==['make dmeo', 'sudo make test', 'curl https://example.com', 'ssl_knn run labelled --neighbours 5']
     assert bad_links(text, files)==['#nowhere', 'images/gone.png', 'gone.svg']
