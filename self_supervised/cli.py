@@ -49,7 +49,7 @@ def _add_settings(p):
     g = p.add_argument_group('settings of the recipe, which has a value for each that is not given')
     for k,o in _known()['settings'].items():
         kw = dict(action=argparse.BooleanOptionalAction) if o['type']=='bool' else dict(
-            type=partial(_value, type=o['type'], none=o['none']), nargs='+' if o['many'] else None, metavar=f'({o["type"]}{" …" if o["many"] else ""})')
+            type=partial(_value, type=o['type'], none=o['none']), nargs='+' if o['many'] else None, metavar='N' if o['many'] else f'({o["type"]})')
         g.add_argument(f'--{k.replace("_","-")}', dest=k, default=argparse.SUPPRESS, help=o['help'], **kw)
 
 def _joined(k, v):
@@ -59,14 +59,17 @@ def _joined(k, v):
     return v[0] if v==[None] or len(v)==1 and _known()['settings'][k]['one'] else tuple(v)
 
 # %% ../nbs/70_cli.ipynb #fac8f455
-def _near(nm, names):
+def _near(nm, names, else_='--help lists all'):
     near = difflib.get_close_matches(nm, names, n=3)
-    return f'did you mean {", ".join(near)}?' if near else f'there are {", ".join(names)}' if len(names)<30 else '--help lists all'
+    return f'did you mean {", ".join(near)}?' if near else f'there are {", ".join(names)}' if 0<len(names)<30 else else_
 
 def _parse(f, words):
     "Arguments for `f` from the words of a command line"
     p = anno_parser(f, prog=f.__name__)
     p.usage = ' '.join([f.__name__, *(o.dest.upper() for o in p._actions if not o.option_strings), '[--flag value …]', '   (--help lists the flags)'])
+    for o in p._actions:
+        if o.default is False: o.help = o.help.removesuffix(' (default: False)')
+        if o.dest=='recipe': o.help += ': '+', '.join(_known()['recipes'])
     if settings := any(o.kind is o.VAR_KEYWORD for o in inspect.signature(f).parameters.values()): _add_settings(p)
     args,rest = p.parse_known_args(words)
     flags = [o for a in p._actions if a.help!=argparse.SUPPRESS for o in a.option_strings]
@@ -93,7 +96,7 @@ def _folder(path):
     "The folder `path`, which must hold an image somewhere"
     p = Path(path).expanduser()
     if not p.is_dir(): raise ValueError(f'{path} is not a folder' + (
-        f': {_near(p.name, [o.name for o in p.parent.iterdir() if o.is_dir()])}' if p.parent.is_dir() else f', and there is no {p.parent} either'))
+        f': {_near(p.name, [o.name for o in p.parent.iterdir() if o.is_dir()], "nor is there one like it")}' if p.parent.is_dir() else f', and there is no {p.parent} either'))
     if not any((mimetypes.guess_type(o)[0] or '').startswith('image/') for _,_,fs in os.walk(p, followlinks=True) for o in fs):
         raise ValueError(f'no image in the folder {path} or below it: .jpg, .png and the like are looked for')
     return p
@@ -412,7 +415,7 @@ def _suggest(recipe, fns, n_in):
 @_command
 def ssl_pretrain(
     source:str, # folder of images, searched with all below it; labels are not looked at
-    recipe:Annotated[str, {'opt':True, 'required':True}], # what to do: the name of a recipe
+    recipe:Annotated[str, {'opt':True, 'required':True}], # what to do
     out:Path='pretrained', # folder for the run; if it holds one, that goes on
     labelled:str=None, # folder of labelled images: their k-NN accuracy becomes a column
     knn_every:int=1, # epochs between two such judgements

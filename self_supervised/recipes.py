@@ -171,9 +171,10 @@ register_recipe(Recipe('simclr_small', 'simclr', size=28, resize_scale=(.4,1.), 
 # %% ../nbs/64_recipes.ipynb #9a8d65f1
 def setting_info() -> dict: # name → dict(anno, default, docment)
     "Type, default and help of every setting of every method, as its function documents it"
-    res = {k:v for k,v in docments(Recipe, full=True).items() if k not in _no_settings}
-    for m in ssl_methods():
-        for f in _parts(m).values(): res = {k:v for k,v in docments(f, full=True).items() if k not in _no_settings} | res
+    res = {}
+    for f in (Recipe, *(f for m in ssl_methods() for f in _parts(m).values())):
+        for k,v in docments(f, full=True).items():
+            if k not in _no_settings: res.setdefault(k, v)
     return res
 
 # %% ../nbs/64_recipes.ipynb #e69f8116
