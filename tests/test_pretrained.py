@@ -207,11 +207,14 @@ def test_damaged(file, tmp_path):
         (tmp_path/f'{i}.pth').write_bytes(b)
         with pytest.raises(ValueError, match='is damaged, or no file of PyTorch.*delete it'): read_official(tmp_path/f'{i}.pth')
 
-def test_code_in_a_file_does_not_run(tmp_path):
+def test_code_in_a_file_does_not_run(files, tmp_path):
     class Evil:
         def __reduce__(self): return print, ('ran',)
-    torch.save({'module.conv1.weight':Evil()}, tmp_path/'evil.pth')
-    with pytest.raises(ValueError, match='damaged, or no file'): read_official(tmp_path/'evil.pth')
+    cached = files/'swav_100ep_pretrain.pth.tar' # as if it had been fetched
+    for path,nm in ((tmp_path/'evil.pth', tmp_path/'evil.pth'), (cached, 'swav_100ep')):
+        torch.save({'module.conv1.weight':Evil()}, path)
+        with pytest.raises(ValueError, match='damaged, or no file'): read_official(nm)
+    cached.unlink()
 
 def test_checkpoint_of_a_running_training(file, tmp_path):
     torch.save({'epoch':3, 'state_dict':torch.load(file), 'optimizer':{}}, tmp_path/'checkpoint.pth.tar')
