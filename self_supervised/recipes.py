@@ -13,6 +13,7 @@ import torch
 from fastcore.basics import first, patch, store_attr
 from fastcore.docments import docments
 from fastcore.foundation import L
+from fastcore.xtras import is_listy
 from fastai.callback.fp16 import MixedPrecision # noqa: F401 (gives Learner `to_fp16` and `to_bf16`)
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders
@@ -22,6 +23,7 @@ from fastai.torch_core import no_random
 from torch import nn
 
 from .core import SSLCallback, check_size, notice_once, ssl_methods
+from .data import no_loss
 from .dist import world_size
 from .layers import create_encoder, encoder_channels
 from .optimizer import LARC, LARS, warmup_cos
@@ -210,7 +212,8 @@ def create_callback(self:Recipe,
 def _n_in(encoder, dls):
     "Channels of the images"
     if encoder is not None: return encoder_channels(encoder)
-    with no_random(reproducible=False): return dls.one_batch()[0].shape[1]
+    with no_random(reproducible=False): b = first(dls.train)
+    return (b[0] if is_listy(b) else b).shape[1]
 
 @patch
 def learner(self:Recipe,
@@ -223,6 +226,7 @@ def learner(self:Recipe,
     n_in    = _n_in(encoder, dls)
     encoder = self.create_encoder(n_in) if encoder is None else encoder
     opt     = partial(_opts[self.opt], mom=self.mom, wd=self.wd)
+    kwargs.setdefault('loss_func', getattr(getattr(dls.train, 'dataset', None), 'loss_func', no_loss)) # not needed, but fastai asks for one
     learn   = Learner(dls, self.create_model(encoder), cbs=[self.create_callback(n_in), *L(cbs)], opt_func=opt, lr=self.lr, wd=self.wd, wd_bn_bias=self.wd_bn_bias, **kwargs)
     if self.precision!='fp32' and torch.device(dls.device or 'cpu').type=='cuda': learn = getattr(learn, f'to_{self.precision}')()
     return learn
@@ -236,11 +240,12 @@ def fit(self:Recipe,
     "Train `learn` for the epochs of the recipe, on its schedule"
     cb,dl = first(o for o in learn.cbs if isinstance(o, SSLCallback)),learn.dls.train
     if cb is None: raise ValueError('this Learner has no self-supervised callback: make it with recipe.learner(dls)')
-    bs,r = dl.bs*world_size(),self
+    each = getattr(dl, 'bs', None) or dl.batch_size # fastai's or PyTorch's
+    bs,r = each*world_size(),self
     if bs!=self.bs:
         r = self.new(bs=bs)
         notice_once(f'batches of {bs} images instead of the {self.bs} of {self.name}: the learning rate follows, {self.lr:.4g} → {r.lr:.4g}')
-    if self.freeze_epochs is not None: cb.freeze_prototypes_niters = round(self.freeze_epochs*(dl.n or len(dl)*dl.bs)/bs)
+    if self.freeze_epochs is not None: cb.freeze_prototypes_niters = round(self.freeze_epochs*(getattr(dl, 'n', None) or len(dl)*each)/bs)
     if self.queue_start_epoch is not None: cb.queue_start_pct = min(self.queue_start_epoch/self.epochs, 1.)
     sched = ParamScheduler({'lr':warmup_cos(r.lr_start, r.lr, r.lr_final, r.warmup_epochs/r.epochs)})
     learn.fit(r.epochs, r.lr, wd=r.wd, cbs=[sched, *L(kwargs.pop('cbs', None))], **kwargs)
@@ -295,6 +300,10 @@ def suggest(self:Recipe,
                                          'Take fewer or smaller crops, a smaller arch, or checkpoint_encoder')
         if fits<bs: bs,why = fits,[f'one image takes about {each/1e6:.0f} MB of activations, the model {fixed/1e6:.0f} MB']
     if why: change(why[0], bs=max(2**(bs//gpus).bit_length()//2, 2)*gpus)
+
+    if res.bs<256 and self.opt in ('larc','lars'):
+        lr = _small['lr']*(res.bs/_small['bs'])**.5
+        change('LARC and LARS are for large batches; this is the Adam of the small recipes, at your batch', opt='adam', lr=lr, lr_start=lr/10, lr_final=lr/1000, wd=_small['wd'], wd_bn_bias=False)
 
     if 'K' in self.args:
         K = 15*res.bs

@@ -110,6 +110,10 @@ def test_every_tensor_arrives(net, file):
     for enc in (create_encoder('resnet50', pretrained=file), create_encoder(create_timm_encoder('resnet50', pretrained=False, pool_type='avg'), file)):
         for a,b in zip(enc.state_dict().values(), theirs.values(), strict=True): assert torch.equal(a, b)
 
+def test_order_in_the_file_does_not_matter(net, file, x, tmp_path):
+    torch.save(dict(sorted(torch.load(file).items())), tmp_path/'sorted.pth')
+    close(create_encoder('resnet50', pretrained=tmp_path/'sorted.pth').eval()(x), net(x))
+
 def test_any_library(net, file, x):
     tv = torchvision.models.resnet50(weights=None)
     tv.fc = nn.Identity()

@@ -3,9 +3,11 @@ import math, re
 
 import pytest, torch
 from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from methods import encoder, images, quiet
 from self_supervised.core import ssl_methods
@@ -111,6 +113,13 @@ def test_encoder_of_the_recipe_takes_the_channels_of_the_images():
     assert not any('Normalize' in f.name for f in learn.cbs[-1].aug_pipelines[0].fs)
     assert get_recipe('simclr_small', stats=([.5],[.2])).create_callback(1).aug_pipelines[0].fs[-1].mean.flatten().tolist()==[.5]
 
+def test_loader_of_pytorch():
+    r  = get_recipe('swav_small', **tiny, n_protos=10, arch='test_resnet')
+    dl = DataLoader(TensorDataset(torch.rand(24, 1, 28, 28)), batch_size=8, shuffle=True)
+    learn = r.learner(DataLoaders(dl, []))
+    quiet_fit(r, learn)
+    assert learn.swav.freeze_prototypes_niters==round(.5*3) and len(learn.recorder.lrs)==4*3
+
 def test_half_precision_only_on_a_gpu():
     learn = get_recipe('swav_100ep', **tiny).learner(tensor_dls(images(16), bs=8, device='cpu'), encoder())
     assert not any(type(o).__name__=='MixedPrecision' for o in learn.cbs)
@@ -120,7 +129,9 @@ def test_suggest_follows_its_rules(capsys):
     assert s.settings=={**get_recipe('swav_200ep').settings} and capsys.readouterr().out==''
     small = get_recipe('swav_200ep').suggest(5_000, 28)
     assert max(small.args['crop_sizes'])==28 and small.bs<=5_000/20 and small.args['K'] is None and 80<=small.args['n_protos']<=130
-    assert small.low_resolution and small.args['blur'] is False and small.args['jitter_s']==.5 and small.lr==pytest.approx(4.8*small.bs/4096)
+    assert small.low_resolution and small.args['blur'] is False and small.args['jitter_s']==.5 and small.bs==128
+    assert (small.opt,small.lr,small.wd,small.wd_bn_bias)==('adam',get_recipe('swav_small').lr,.01,False)
+    assert get_recipe('swav_200ep_bs256', bs=32).suggest(10**6).lr==pytest.approx(get_recipe('swav_small').lr/2) and s.suggest(10**6).opt=='larc'
     out = capsys.readouterr().out
     for k in ('crop_sizes','bs','n_protos','low_resolution'): assert f'{k}=' in out
     queue = get_recipe('swav_200ep_bs256').suggest(500_000)
