@@ -8,6 +8,7 @@ from fastai.learner import Learner
 from fastai.losses import MSELossFlat
 from fastai.optimizer import Optimizer
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from methods import images, quiet
 from self_supervised.checkpoint import Checkpoint
@@ -123,3 +124,14 @@ def test_schedule_at_every_step_and_after_a_resume(warmup, tmp_path):
 @pytest.mark.parametrize('warmup', [-.1, 1., 10])
 def test_warmup_is_a_part(warmup):
     with pytest.raises(ValueError, match='part of training'): warmup_cos(.3, 4.8, 0., warmup)
+
+@pytest.mark.parametrize('opt_func', [LARC, partial(LARC, clip=True), LARS])
+def test_reads_nothing_back_from_a_gpu(opt_func):
+    "On a GPU that is not there: a value that had to be known would be an error"
+    with FakeTensorMode():
+        p = nn.Parameter(torch.empty(4, 3, device='cuda'))
+        opt = opt_func([p], lr=1.)
+        for _ in range(2):
+            p.grad = torch.empty_like(p)
+            opt.step()
+        with pytest.raises(Exception, match='local_scalar'): float(p.detach().norm())
