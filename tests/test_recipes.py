@@ -1,5 +1,6 @@
 "Recipes say what the papers say, and what a Learner gets is what a recipe says"
 import math, re
+from copy import deepcopy
 
 import pytest, torch
 from fastai.callback.core import Callback
@@ -196,3 +197,60 @@ def test_fit_passes_callbacks_on():
     learn = r.learner(tensor_dls(images(16), bs=8), encoder())
     with learn.no_bar(), learn.no_logging(): r.fit(learn, cbs=Callback(after_epoch=lambda cb: seen.append(cb.epoch)))
     assert seen==[0,1,2,3] and not quiet(learn, 0)
+
+class Views(Callback):
+    "The views of every batch, after they were made"
+    order = 50
+    def before_fit(self): self.seen = []
+    def before_batch(self):
+        if self.training: self.seen.append([v.clone() for v in self.xb[0]])
+
+def official_training(model, batches, lrs, frozen, K, wd=1e-6, trust=1e-3, mom=.9, temp=.1, eps=.05):
+    "The training loop of the official script as its paper describes it, for a batch on one GPU, in plain PyTorch; `model` is changed"
+    ps,bufs = list(model.parameters()),{}
+    queues = [torch.zeros(0, model.prototypes.in_features) for _ in range(2)]
+    for t,(views,lr) in enumerate(zip(batches, lrs)):
+        with torch.no_grad(): model.prototypes.weight /= model.prototypes.weight.norm(dim=1, keepdim=True)
+        sizes = [v.shape[-1] for v in views]
+        feats = torch.cat([model.encoder(torch.cat([v for v in views if v.shape[-1]==s])) for s in sorted(set(sizes), reverse=True)])
+        z = model.projector(feats)
+        z = z/z.norm(dim=1, keepdim=True)
+        out,B,loss = z@model.prototypes.weight.T,len(views[0]),0.
+        for a in (0,1):
+            with torch.no_grad():
+                s = out[a*B:(a+1)*B]
+                if K and len(queues[a])==K: s = torch.cat([queues[a]@model.prototypes.weight.T, s])
+                Q = (s/eps).exp().T
+                Q = Q/Q.sum()
+                for _ in range(3):
+                    Q = Q/Q.sum(1, keepdim=True)/len(Q)
+                    Q = Q/Q.sum(0, keepdim=True)/Q.shape[1]
+                q = (Q*Q.shape[1]).T[-B:]
+                queues[a] = torch.cat([z[a*B:(a+1)*B], queues[a]])[:K or 0]
+            others = [v for v in range(len(views)) if v!=a]
+            loss = loss - sum((q*(out[v*B:(v+1)*B]/temp).log_softmax(1)).sum(1).mean() for v in others)/len(others)/2
+        grads = torch.autograd.grad(loss, ps)
+        with torch.no_grad():
+            for i,(p,g) in enumerate(zip(ps, grads)):
+                if p is model.prototypes.weight and t<frozen: continue
+                if p.norm()>0 and g.norm()>0: g = (g+wd*p)*trust*p.norm()/(g.norm()+wd*p.norm()+1e-8)
+                bufs[i] = g if i not in bufs else mom*bufs[i]+g
+                p -= lr*bufs[i]
+    with torch.no_grad(): model.prototypes.weight /= model.prototypes.weight.norm(dim=1, keepdim=True)
+    return model
+
+@pytest.mark.parametrize('K', [None,16])
+def test_trains_as_the_official_loop(K):
+    "Views, model, loss, queue, frozen steps, LARC and schedule together: the weights after 20 steps"
+    r = get_recipe('swav_200ep_bs256', bs=8, epochs=4, lr=5., lr_start=5., lr_final=.05, num_crops=(2,2), crop_sizes=(14,8), hidden_size=16, projection_size=8, n_protos=10,
+                   K=K, queue_start_epoch=0., freeze_epochs=1.4)
+    learn = r.learner(tensor_dls(images(40, c=3), bs=8), encoder(3), cbs=Views())
+    other = deepcopy(learn.model)
+    quiet_fit(r, learn)
+    lrs = [.05+.5*(5-.05)*(1+math.cos(math.pi*t/20)) for t in range(20)]
+    official_training(other.train(), learn.views.seen, lrs, 7, K)
+
+    for (k,a),b in zip(learn.model.named_parameters(), other.parameters(), strict=True):
+        if k in ('encoder.0.bias','projector.0.bias'): continue # batch norm takes them out again: their gradient is noise, which LARC makes as long as any
+        assert torch.allclose(a, b, atol=2e-5, rtol=1e-4), (k, (a-b).abs().max())
+    assert len(learn.views.seen)==20
