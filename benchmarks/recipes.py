@@ -37,9 +37,9 @@ def main(
     "Run the recipes and write the table to results/"
     torch.set_num_threads(1)
     commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
-    names,rows = [o for o in recipes() if o.endswith('_small') and only in o],[]
+    names,rows = [o for o in recipes() if o.endswith('_small') and only in o],{}
     for nm in names:
         r = get_recipe(nm)
         secs,before,after = zip(*(run(r, seed, fashion_mnist()) for seed in range(seeds)))
-        rows += [row(f'{r.arch}, untrained', 0, [0], before), row(nm, r.epochs, secs, after)]
-    save('recipes', __doc__.partition('\n\n')[2].strip(), {f'At commit {commit}':rows})
+        rows |= {o['encoder']:o for o in (row(f'{r.arch}, untrained', 0, [0], before), row(nm, r.epochs, secs, after))}
+    save('recipes', __doc__.partition('\n\n')[2].strip(), {f'At commit {commit}':list(rows.values())})

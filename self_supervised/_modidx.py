@@ -683,6 +683,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'self_supervised/recipes.py'),
                                          'self_supervised.recipes._n_in': ('recipes.html#_n_in', 'self_supervised/recipes.py'),
                                          'self_supervised.recipes._near': ('recipes.html#_near', 'self_supervised/recipes.py'),
+                                         'self_supervised.recipes._ours': ('recipes.html#_ours', 'self_supervised/recipes.py'),
                                          'self_supervised.recipes._parts': ('recipes.html#_parts', 'self_supervised/recipes.py'),
                                          'self_supervised.recipes.get_recipe': ('recipes.html#get_recipe', 'self_supervised/recipes.py'),
                                          'self_supervised.recipes.recipes': ('recipes.html#recipes', 'self_supervised/recipes.py'),

@@ -166,9 +166,12 @@ for _name,_about,_changes in [
 _small = dict(bs=128, epochs=12, opt='adam', lr_start=4e-4, lr=4e-3, lr_final=4e-6, warmup_epochs=1., mom=.9, wd=.01, precision='fp32', arch='test_resnet', low_resolution=True,
               jitter_s=.5, bw=False, blur=False, hidden_size=512, bn=True, temp=.1)
 
-register_recipe(Recipe('swav_small', 'swav', num_crops=(2,4), crop_sizes=(28,14), min_scales=(.4,.1), max_scales=(1.,.4), n_protos=100,
+def _ours(a, b, c): return ('Ours: Fashion-MNIST, 5,000 images, seeds 0 to 2, commit 0fa7550, 1,000 test images in %: '
+                            f'k-NN(20) {a}, linear on ten labels a class {b}, on all {c}.')
+
+register_recipe(Recipe('swav_small', 'swav', _ours('80.6 ± 0.5', '73.4 ± 0.9', '85.6 ± 0.5'), num_crops=(2,4), crop_sizes=(28,14), min_scales=(.4,.1), max_scales=(1.,.4), n_protos=100,
                        crop_assgn_ids=(0,1), K=None, freeze_epochs=.5, **_small))
-register_recipe(Recipe('simclr_small', 'simclr', size=28, resize_scale=(.4,1.), **_small));
+register_recipe(Recipe('simclr_small', 'simclr', _ours('80.2 ± 1.6', '70.3 ± 1.2', '85.4 ± 0.3'), size=28, resize_scale=(.4,1.), **_small));
 
 # %% ../nbs/64_recipes.ipynb #9a8d65f1
 def setting_info() -> dict: # name → dict(anno, default, docment)
