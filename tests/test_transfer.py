@@ -218,3 +218,20 @@ def test_arch_makes_copies():
     torch.testing.assert_close(a.eval()(x), b.eval()(x))
     with torch.no_grad(): [p.zero_() for p in a.parameters()]
     assert not torch.equal(a(x), b(x))
+
+
+# Forms that are met more rarely
+
+def test_pooling_to_more_than_one_place_is_still_pooling():
+    layers = list(plain())[:3]
+    enc,x  = lively(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())),ims(c=1)
+    torch.testing.assert_close(encoder_body(enc)(x), nn.Sequential(*layers)(x))
+
+def test_stages_inside_one_layer_that_checkpoints_its_gradients():
+    enc,x = lively(nn.Sequential(CheckpointSequential(plain()[:3]), nn.AdaptiveAvgPool2d(1), nn.Flatten())),ims(c=1)
+    maps = to_detection_backbone(enc, 8, n_maps=3)(x)
+    assert [tuple(o.shape[2:]) for o in maps.values()]==[(32,32), (16,16), (8,8), (4,4)]
+
+def test_more_trainable_layers_than_there_are():
+    assert all(p.requires_grad for p in to_detection_backbone(plain(), 8, trainable_layers=4, n_maps=2).parameters())
+    assert [o.requires_grad for o in to_detection_backbone(plain(), 8, trainable_layers=2, n_maps=2, frozen_bn=False).body['0'].parameters()]==[False]*3
