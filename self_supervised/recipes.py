@@ -106,7 +106,9 @@ class Recipe:
             found = {k:rest.pop(k) for k in list(rest) if mine(k)}
             words = ', '.join(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v!r}' for k,v in found.items() if v is not None or k in self.args)
             lines.append(textwrap.fill(words, 120, initial_indent=f'  {nm:9} ', subsequent_indent=' '*12))
-        return '\n'.join([f'{self.name} ({self.method}). {self.about}', *lines])
+        known   = _recipes.get(self.name, self).settings
+        changed = [k for k,v in self.settings.items() if k not in known or known[k]!=v]
+        return '\n'.join([f'{self.name} ({self.method}{", but for "+", ".join(changed) if changed else ""}). {self.about}', *lines])
 
 # %% ../nbs/64_recipes.ipynb #ddfefc7a
 _recipes = {}

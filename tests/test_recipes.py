@@ -183,6 +183,8 @@ def test_text_has_every_setting():
     text = repr(r)
     for k,v in r.settings.items():
         if v is not None: assert re.search(rf'\b{k}=', text), k
+    assert text.startswith('swav_400ep_bs256 (swav). Official run') # and no longer when something is changed
+    assert repr(r.new(temp=.2, hard_codes=True)).startswith('swav_400ep_bs256 (swav, but for temp, hard_codes). ')
 
 def test_own_recipe():
     r = register_recipe(get_recipe('swav_small').new(name='mine', about='Mine.'))
