@@ -22,17 +22,16 @@ from torch.utils import data as torch_data
 from fastcore.basics import first, patch
 from fastcore.foundation import L
 from fastcore.xtras import is_listy
-from fasttransform import Pipeline
 from fastai.callback.core import CancelFitException
 from fastai.callback.training import bn_types
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.load import DataLoader
-from fastai.data.transforms import IntToFloatTensor, Normalize
+from fastai.data.transforms import IntToFloatTensor
 from fastai.learner import Learner
 from fastai.torch_core import get_model, rank_distrib, show_image, subplots
 from sklearn.manifold import TSNE
 
-from .augmentations import NormalizeView, unit_float
+from .augmentations import unit_float
 from .core import SSLCallback, Watcher, notice_once, ssl_methods
 from .dist import all_reduce, world_size
 from .evaluation import _in_order, _normalization, extract_features
@@ -263,21 +262,14 @@ def _pick(dl, ids):
         yield tuple(o[own] for o in b)
 
 @contextmanager
-def _batches(dl, ids=None, norm=True):
-    "Batches of `dl` in order: all, or just the images `ids`, sorted and different; with or without the loader's own normalisation"
-    with _in_order(dl) as dl:
+def _batches(dl, ids=None, norm=None):
+    "Batches of `dl` in order: all, or just the images `ids`, sorted and different; without the loader's own normalisation if there is another"
+    with _in_order(dl, norm) as dl:
         if isinstance(dl, DataLoader):
-            kwargs = {}
-            if ids is not None and dl.indexed: kwargs['get_idxs'],ids = partial(list, ids),None
-            if not norm and isinstance(dl, TfmdDL):
-                kwargs['after_batch'] = Pipeline([o for o in dl.after_batch.fs if not isinstance(o, (Normalize,NormalizeView))])
-            dl = dl.new(**kwargs)
+            if ids is not None and dl.indexed: dl,ids = dl.new(get_idxs=partial(list, ids)),None
         elif ids is not None and isinstance(getattr(dl, 'sampler', None), torch_data.SequentialSampler) and dl.batch_size:
             dl,ids = torch_data.DataLoader(dl.dataset, dl.batch_size, sampler=ids, collate_fn=dl.collate_fn, num_workers=dl.num_workers),None
         yield dl if ids is None else _pick(dl, ids)
-
-def _features(encoder, dl, stats):
-    with _batches(dl, norm=_normalization(encoder, stats) is None) as batches: return extract_features(encoder, batches, stats)
 
 def _unit(im):
     lo,hi = im.min(),im.max()
@@ -314,7 +306,7 @@ def _assign(learn, dl, k, stats):
     proj,protos = deepcopy(m.projector).cpu().float().eval(),F.normalize(m.prototypes.weight.detach().cpu().float(), dim=1)
     n,counts,best = 0,torch.zeros(len(protos), dtype=torch.long),torch.zeros(0, len(protos))
     ids = best.long()
-    with _batches(dl, norm=_normalization(learn, stats) is None) as batches, torch.no_grad():
+    with _batches(dl, norm=_normalization(learn, stats)) as batches, torch.no_grad():
         for b in batches:
             scores = F.normalize(proj(extract_features(learn, [b], stats)[0]), dim=1)@protos.T
             new = torch.arange(n, n+len(scores))[:,None].expand_as(scores)
@@ -394,7 +386,7 @@ def plot_map(
     f = method if callable(method) else {'pca':_pca, 'tsne':_tsne}.get(method)
     if f is None: raise ValueError(f"method={method!r} must be 'pca', 'tsne', or a function that takes features (N,F) and returns (N,2)")
     dl  = _loader(encoder, dl)
-    x,y = _features(encoder, dl, stats)
+    x,y = extract_features(encoder, dl, stats)
     ids = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:n].sort().values
     xy  = torch.as_tensor(f(F.normalize(x[ids], dim=1))).float()
     ax, = subplots(**{'figsize':(6,4.5), 'layout':'constrained', **kwargs})[1]
@@ -424,8 +416,8 @@ def show_neighbors(
     "Draw images and those most similar to them, a row each, with the number of the image and the cosines as titles"
     dl  = _loader(encoder, dl)
     own = bank is None or bank is dl
-    x,_ = _features(encoder, dl, stats)
-    xb  = x if own else _features(encoder, bank:=_loader(encoder, bank), stats)[0]
+    x,_ = extract_features(encoder, dl, stats)
+    xb  = x if own else extract_features(encoder, bank:=_loader(encoder, bank), stats)[0]
     ids = torch.as_tensor(ids).flatten().tolist()
     if not ids or min(ids)<0 or max(ids)>=len(x): raise ValueError(f'ids={ids} must be numbers of images of `dl`, from 0 to {len(x)-1}')
     if not 1<=k<=len(xb)-own: raise ValueError(f'k={k} neighbours of {len(xb)-own} images: k must be from 1 to {len(xb)-own}')

@@ -22,10 +22,12 @@ from torch.utils.data import DataLoader, RandomSampler
 from fastcore.basics import first
 from fastcore.meta import delegates
 from fastcore.xtras import is_listy
+from fasttransform import Pipeline
 from fastprogress import progress_bar
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedNo, combine_scheds
-from fastai.data.core import DataLoaders
+from fastai.data.core import DataLoaders, TfmdDL
+from fastai.data.transforms import Normalize
 from fastai.distributed import DistributedDL
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -49,12 +51,17 @@ def _normalization(o, stats):
     cb = first(c for c in getattr(o, 'cbs', ()) if isinstance(c, SSLCallback))
     return first(f for f in (cb.aug_pipelines[0].fs if cb else ()) if isinstance(f, NormalizeView))
 
+def _bare(dl, norm):
+    "Arguments for `dl.new` that leave out its normalisation, if there is another"
+    if norm is None or not isinstance(dl, TfmdDL): return {}
+    return dict(after_batch=Pipeline([o for o in dl.after_batch.fs if not isinstance(o, (Normalize,NormalizeView))]))
+
 @contextmanager
-def _in_order(dl):
-    "`dl` from its first image to its last, as validation data, and without a trace in the random generators"
+def _in_order(dl, norm=None):
+    "`dl` from its first image to its last, as validation data, without its own normalisation if there is another, and without a trace in the random generators"
     if isinstance(dl, DistributedDL): dl = dl.dl
     with no_random(reproducible=False), getattr(getattr(dl, 'dataset', None), 'set_split_idx', nullcontext)(1):
-        if hasattr(dl, 'new'): dl = dl.new(shuffle=False, drop_last=False)
+        if hasattr(dl, 'new'): dl = dl.new(shuffle=False, drop_last=False, **_bare(dl, norm))
         elif isinstance(getattr(dl, 'sampler', None), RandomSampler):
             dl = DataLoader(dl.dataset, dl.batch_size, num_workers=dl.num_workers, collate_fn=dl.collate_fn)
         yield dl
@@ -84,7 +91,7 @@ def extract_features(
     try:
         model.eval()
         if at!=home: model.to(at)
-        with _in_order(dl) as dl:
+        with _in_order(dl, norm) as dl:
             for b in (progress_bar(dl) if progress else dl):
                 x,*y = b if is_listy(b) else (b,)
                 x = (norm or unit_float)(x.as_subclass(Tensor).to(at))
@@ -307,7 +314,7 @@ def _with_views(name, encoder, dls, epochs, lrs, sched, pct=None, n_per_class=No
             nn.init.normal_(head.weight, std=.01)
             nn.init.zeros_(head.bias)
             dl = train.new(n=len(ids), get_idxs=lambda: random.sample(ids, len(ids)), bs=min(bs, len(ids)), shuffle=False,
-                           drop_last=len(ids)%bs==1, device=device) # batch norm cannot do with a last batch of one
+                           drop_last=len(ids)%bs==1, device=device, **_bare(train, norm)) # batch norm cannot do with a last batch of one
             learn = Learner(DataLoaders(dl, []), nn.Sequential(net, head), CrossEntropyLossFlat(), partial(SGD, mom=.9, decouple_wd=False),
                             splitter=model_splitter, wd_bn_bias=True, cbs=Callback(before_train=mode, before_batch=views))
             with learn.no_bar(), learn.no_logging(): learn.fit(epochs, wd=wd, cbs=ParamScheduler(dict(lr=sched(np.array(lrs)))))

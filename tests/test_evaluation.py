@@ -5,6 +5,7 @@ from statistics import mean, stdev
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders, Datasets
+from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from fastai.vision.augment import RandTransform
@@ -56,6 +57,26 @@ def test_unlabelled_and_half():
     m = encoder().eval()
     feats,labels = extract_features(m.to(torch.bfloat16), tensor_dls(x, bs=4).train)
     assert labels is None and feats.dtype==torch.float32 and feats.shape==(10,4)
+
+def test_a_loader_that_normalises_too():
+    "Once is enough: by the statistics that are known, or else by the loader"
+    set_seed(0)
+    (x,y),m = (images(40), torch.arange(40)%2),nn.Sequential(nn.Flatten(), nn.Linear(196, 3, bias=False))
+    raw,own = (tensor_dls((x,y), (x,y), bs=8, after_batch=[IntToFloatTensor(), *o]) for o in ([],[Normalize.from_stats([.3],[.2], cuda=False)]))
+    stats = [.4],[.5]
+    swav  = Learner(raw, create_swav_model(m, 8, 4, 5, n_features=3), cbs=SWAV(get_swav_aug_pipelines((2,1), (12,8), jitter=False, bw=False, blur=False, stats=stats), [0,1], K=None))
+    flat  = x.flatten(1)/255
+    def close(a, b): torch.testing.assert_close(extract_features(*a)[0], m[1](b).detach(), rtol=1e-4, atol=1e-5)
+    for dls in (raw, own):
+        close((swav, dls.train), (flat-.4)/.5)
+        close((m, dls.train, stats), (flat-.4)/.5)
+        close((m, dls.valid, stats), (flat-.4)/.5)
+    close((m, own.train), (flat-.3)/.2)
+    close((m, raw.train), flat)
+    for f in (sgd_probe, fine_tune): # the same images in training too
+        kwargs = dict(epochs=2, bs=8, stats=stats) | (dict(n_per_class=10) if f is fine_tune else {})
+        assert str(f(m, raw, **kwargs))==str(f(m, own, **kwargs))
+    assert knn(swav, raw, k=3).runs==knn(swav, own, k=3).runs
 
 def test_a_learner_normalises_as_its_views_do():
     x = torch.rand(16,1,8,8)
