@@ -17,7 +17,7 @@ from fastcore.meta import delegates
 from fastai.layers import apply_init
 
 from ..augmentations import get_batch_augs, get_multi_aug_pipelines
-from ..core import SSLCallback, notice_once, register_method
+from ..core import SSLCallback, check_view_ids, notice_once, register_method
 from ..dist import all_mean, world_size
 from ..layers import create_mlp_module, encoder_dim
 from ..multicrop import multicrop
@@ -118,15 +118,13 @@ class SWAV(SSLCallback):
         hard_codes:bool=False, # round codes to one prototype an image
     ):
         super().__init__(aug_pipelines, print_augs)
-        V,ids = len(self.aug_pipelines),list(L(crop_assgn_ids))
-        if V<2: raise ValueError('SwAV predicts one view from another, and aug_pipelines has only one: give two or more')
-        if not ids or len(set(ids))<len(ids) or not all(isinstance(i, int) and 0<=i<V for i in ids): raise ValueError(
-            f'crop_assgn_ids={ids} must be different numbers from 0 to {V-1}, positions in aug_pipelines; usually those of the large crops, [0,1]')
+        if len(self.aug_pipelines)<2: raise ValueError('SwAV predicts one view from another, and aug_pipelines has only one: give two or more')
         if K is not None and (K<1 or K!=int(K)): raise ValueError(f'K={K} is the length of the queue: a positive whole number, or None for no queue')
         if not 0<=queue_start_pct<=1: raise ValueError(f'queue_start_pct={queue_start_pct} is a part of training: from 0 to 1')
         if temp<=0 or eps<=0: raise ValueError(f'temp={temp} and eps={eps} must be positive: 0.1 and 0.05 are usual')
         if n_sinkh_iter<1: raise ValueError(f'n_sinkh_iter={n_sinkh_iter} must be 1 or more: 3 is usual')
-        self.crop_assgn_ids,self.K,self.queue_start_pct,self.temp,self.eps = ids,K and int(K),queue_start_pct,temp,eps
+        self.crop_assgn_ids = check_view_ids(crop_assgn_ids, len(self.aug_pipelines))
+        self.K,self.queue_start_pct,self.temp,self.eps = K and int(K),queue_start_pct,temp,eps
         self.n_sinkh_iter,self.freeze_prototypes_niters,self.hard_codes = n_sinkh_iter,freeze_prototypes_niters,hard_codes
 
     def before_fit(self):
