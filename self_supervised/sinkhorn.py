@@ -63,18 +63,17 @@ def sinkhorn_labels(
     eps:float=0.05, # weight of the entropy: smaller is harder
     tol:float=0.01, # stop when no prototype's mass is further from its share, as a part of it
     n_iters:int=200, # rounds at most
-    u:Tensor=None, # (K,) where to start; None: as `sinkhorn_knopp` does
-) -> tuple: # labels (n,); `u` (K,), a label being the largest of score/eps+u; and how far the masses are from their share, a tensor without dimensions
+) -> tuple: # labels (n,), and how far the mass that is furthest from its share is, as a part of it, a tensor without dimensions
     "The prototype of each sample in the balanced assignment of all samples of all ranks, without ever holding all scores"
     if eps<=0 or tol<0 or n_iters<1: raise ValueError(f'eps={eps} must be positive, tol={tol} not negative and n_iters={n_iters} 1 or more: 0.05, 0.01 and 200 are usual')
     blocks = z.split(_block_rows(z, len(prototypes)))
-    first,u = u is None,z.new_zeros(len(prototypes)) if u is None else u
+    u = z.new_zeros(len(prototypes))
     def logits(): return (torch.add(u, o@prototypes.T, alpha=1/eps) for o in blocks)
     with torch.autocast(z.device.type, enabled=False):
-        if first: u = -_logsumexp_samples(logits())
+        u = -_logsumexp_samples(logits())
         for _ in range(n_iters):
             mass = _mass(logits())
             off  = (mass/mass.mean()-1).abs().max()
             if off<=tol: break
             u = u - mass.log()
-        return torch.cat([o.argmax(1) for o in logits()]),u,off
+        return torch.cat([o.argmax(1) for o in logits()]),off

@@ -27,14 +27,14 @@ def test_arguments(name):
 @pytest.mark.parametrize('n_in', [1, 3, 4])
 @pytest.mark.parametrize('labelled', [False, True])
 def test_trains(name, n_in, labelled):
-    "Finite losses, a gradient for every parameter, and weights that move"
+    "Finite losses, a gradient for every parameter that learns by gradients, and weights that move"
     x,y = images(32, n_in),torch.arange(32)%4
     learn,no_grad = learner(name, tensor_dls(*(((x,y),(x[:8],y[:8])) if labelled else (x,x[:8])), bs=8), model(name, n_in)),set()
     before = {k:v.clone() for k,v in learn.model.named_parameters()}
     class Grads(Callback):
         order = 30
         def after_backward(self):
-            no_grad.update(k for k,p in self.learn.model.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.abs().sum()>0)
+            no_grad.update(k for k,p in self.learn.model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all() or not p.grad.abs().sum()>0))
     quiet(learn, 2, cbs=Grads())
     assert np.isfinite(learn.recorder.losses).all()
     quiet_bias = {k for k in no_grad if k.endswith('bias')} # a bias in front of a batch norm or a normalisation may have none

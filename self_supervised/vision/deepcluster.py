@@ -228,4 +228,4 @@ register_method('deepcluster', DeepCluster, create_deepcluster_model, get_deepcl
     deepclusterv2_400ep       = dict(like='swav_400ep',       about=_official.format(74.3), **_small_crops),
     deepclusterv2_400ep_2x224 = dict(like='swav_400ep_2x224', about=_official.format(70.2)),
     deepclusterv2_800ep       = dict(like='swav_800ep',       about=_official.format(75.2)),
-    deepcluster_small         = dict(like='swav_small',       about='Ours: Fashion-MNIST, 5,000 images: not measured yet.')))
+    deepcluster_small         = dict(like='swav_small',       about='Ours: Fashion-MNIST, 5,000 images: not measured yet.')));
