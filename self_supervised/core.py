@@ -263,7 +263,7 @@ def register_method(
 ) -> SSLMethod: # what was registered
     "Make a method known under `name`"
     _methods[name] = SSLMethod(callback, create_model, get_aug_pipelines, loss)
-    _method_recipes.update({k:dict(method=name, **v) for k,v in (recipes or {}).items()})
+    _method_recipes.update({k:(name, v.get('like'), {o:v[o] for o in v if o!='like'}) for k,v in (recipes or {}).items()})
     return _methods[name]
 
 def ssl_methods() -> dict: # name → `SSLMethod`

@@ -189,6 +189,11 @@ def queue_jump(self:CollapseMonitor) -> float: # None if no queue has joined, or
     return after[0]-before[-1] if before and after else None
 
 # %% ../nbs/61_diagnostics.ipynb #af338cf9
+def _first_head(m):
+    "The prototypes of `m`; of several heads those of the first"
+    w = m.prototypes.weight.detach()
+    return w[:len(w)//getattr(m, 'n_heads', 1)]
+
 @patch
 def remedies(self:CollapseMonitor) -> list: # lines, the first to be tried first
     "What to change in this run, with the names of the arguments and their present values"
@@ -196,19 +201,20 @@ def remedies(self:CollapseMonitor) -> list: # lines, the first to be tried first
     m,of = s.ssl_model,first(o for o in ssl_methods().values() if isinstance(s, o.callback))
     create,views = (of.create_model.__name__,of.get_aug_pipelines.__name__) if of else ('the model','the views')
     lr,batch,K = max(o['lr'] for o in self.opt.hypers),len(s.xb[0][0])*world_size(),getattr(s, 'K', None) or 0
-    n_protos,frozen = len(m.prototypes.weight) if hasattr(m, 'prototypes') else 0,getattr(s, 'freeze_prototypes_niters', None) or 0
+    n_protos,frozen = len(_first_head(m)) if hasattr(m, 'prototypes') else 0,getattr(s, 'freeze_prototypes_niters', None) or 0
     bn = any(isinstance(o, bn_types) for o in getattr(m, 'projector', m).modules())
     def args(**kw): return [f'{type(s).__name__}({k}={v}), now {getattr(s, k)}' for k,v in kw.items() if getattr(s, k, v)!=v]
     slow = [f'lr={lr/10:.2g} or lower, now {lr:.2g}']
     tips = args(K=4*batch if K>4*batch else K//2 or None, queue_start_pct=.75) + ['K=None, no queue'] if self.queue_start else []
     if h['std'][-1]<1e-3: tips += [f'learn.{s.name}.show(): do the images differ, and does the encoder tell them apart?']
-    few  = n_protos>4*(batch+K)
+    few  = not s.assigns_all and n_protos>4*(batch+K)
     if few or not n_protos: tips += [f'a batch of {max(64, 4*batch)} or more, now {batch}']
     if n_protos: tips += args(eps=min(.03, .6*getattr(s, 'eps', 1)), hard_codes=True)
     if not bn:   tips += [f'{create}(bn=True), now False']
     tips += args(freeze_prototypes_niters=max(2*frozen, 200)) if n_protos else args(temp=.2)
     tips += [f'{views}: larger, fewer or less distorted views, now {len(s.aug_pipelines)}']
     if few: tips += [f'{create}(n_protos={max((batch+K)//2, 10)}), now {n_protos}']
+    if s.assigns_all: tips += [f'{create}(n_protos={max(n_protos//2, 2)}), now {n_protos}']
     if bn and n_protos: tips += [f'{create}(bn=False), now True']
     wild = not n_protos or not all(o<.5 for o in h.get('loss-chance', ())) # True for NaN
     return slow+tips if wild and not self.queue_start else tips+slow
@@ -303,7 +309,7 @@ def _assign(learn, dl, k, stats):
     m = get_model(learn.model) if isinstance(learn, Learner) else learn
     if not hasattr(m, 'prototypes'): raise ValueError(
         f'the model ({type(m).__name__}) has no `prototypes`, as one of create_swav_model has: for other models there are plot_map and show_neighbors')
-    proj,protos = deepcopy(m.projector).cpu().float().eval(),F.normalize(m.prototypes.weight.detach().cpu().float(), dim=1)
+    proj,protos = deepcopy(m.projector).cpu().float().eval(),F.normalize(_first_head(m).cpu().float(), dim=1)
     n,counts,best = 0,torch.zeros(len(protos), dtype=torch.long),torch.zeros(0, len(protos))
     ids = best.long()
     with _batches(dl, norm=_normalization(learn, stats)) as batches, torch.no_grad():
@@ -318,7 +324,7 @@ def _assign(learn, dl, k, stats):
     return counts,ids
 
 def show_prototypes(
-    learn:Learner|nn.Module, # a Learner of `SWAV`, or its model
+    learn:Learner|nn.Module, # a Learner of a method with prototypes, or its model; of several heads the first is drawn
     dl=None, # where to look for images: a DataLoader or DataLoaders; None: the Learner's, for validation if there are any
     n:int=8, # prototypes, those with the most images; fewer, if fewer have any
     k:int=10, # images of each
@@ -338,7 +344,7 @@ def show_prototypes(
 
 # %% ../nbs/61_diagnostics.ipynb #e48754e0
 def plot_codes(
-    learn:Learner|nn.Module, # a Learner of `SWAV`, or its model
+    learn:Learner|nn.Module, # a Learner of a method with prototypes, or its model; of several heads the first is drawn
     dl=None, # the images: a DataLoader or DataLoaders; None: the Learner's, for validation if there are any
     stats:tuple=None, # (means, stds) to normalise with; None: those of the Learner's view pipelines, or none
     **kwargs, # passed to fastai's `subplots`, for example `figsize`

@@ -19,9 +19,10 @@ from torch import nn
 from timm.models import adapt_input_conv
 
 from .checkpoint import _clean_names, _match, _unwrapped
+from .core import ssl_methods
 from .evaluation import _encoder
 from .layers import create_encoder, encoder_channels, weights_loader
-from .vision.swav import SwAVModel, create_swav_model
+import self_supervised.vision.swav, self_supervised.vision.deepcluster, self_supervised.vision.sela # noqa: F401 (register their methods)
 
 # %% ../nbs/63_pretrained.ipynb #72827f8c
 OfficialWeights = namedtuple('OfficialWeights', 'arch method epochs batch crops top1 url')
@@ -107,19 +108,25 @@ def load_official(
 def create_official_model(
     weights:str|Path, # a name of `official_weights`, or a file of that kind
     n_in:int=3, # channels of the images
-) -> SwAVModel: # with its projector and its prototypes
-    "A model of SwAV as its authors left it, for the callback `SWAV` to go on with"
-    state = read_official(weights)
-    heads = {k:v for k,v in state.items() if _is_head(k)}
-    if 'prototypes.weight' not in heads or 'projection_head.0.weight' not in heads: raise ValueError(
-        f'{weights} has no single set of prototypes with its projector ({", ".join(heads) or "no heads at all"}), so SWAV cannot go on with it: '
-        'take its encoder, create_encoder(…, pretrained=…)')
+    method:str=None, # 'swav', 'deepcluster' or 'sela'; None: that of the name; a file with several sets of prototypes is taken for 'deepcluster'
+) -> nn.Module: # the method's model, with its projector and its prototypes
+    "A model as its authors left it, for the callback of its method to go on with"
+    state  = read_official(weights)
+    heads  = {k.replace('projection_head', 'projector'):v for k,v in state.items() if _is_head(k)}
+    protos = [heads.pop(k) for k in sorted(o for o in heads if o.startswith('prototypes.'))]
+    if not protos or 'projector.0.weight' not in heads: raise ValueError(
+        f'{weights} has no projector with prototypes ({", ".join(heads) or "no heads at all"}), so no method can go on with it: take its encoder, create_encoder(…, pretrained=…)')
+    if method is None: method = _official[weights].method.lower().removesuffix('-v2') if str(weights) in _official else 'swav' if len(protos)==1 else 'deepcluster'
+    if method not in ('swav','deepcluster','sela'): raise ValueError(f"method={method!r} must be 'swav', 'deepcluster' or 'sela'")
+    sizes,n_heads = [len(o) for o in protos],len(protos)
+    if len(set(sizes))>1 or (method=='swav' and n_heads>1): raise ValueError(f'{weights} has prototypes of {sizes}, which do not fit {method}: '
+        'SwAV takes one set, the others several of one size')
     width = state['conv1.weight'].shape[0]//64
     encoder = create_encoder('resnet50' if width==1 else f'resnet50w{width}', weights, n_in)
-    (hidden,nf),(n_protos,dim) = heads['projection_head.0.weight'].shape,heads['prototypes.weight'].shape
-    model = create_swav_model(encoder, hidden, dim, n_protos, n_features=nf)
-    heads = {k.replace('projection_head', 'projector'):v for k,v in heads.items()}
-    _check_names(heads, {k:v for k,v in model.state_dict().items() if k.startswith(('projector.','prototypes.'))}, weights, 'projector and prototypes of SwAV')
+    (hidden,nf),dim = heads['projector.0.weight'].shape,protos[0].shape[1]
+    model = ssl_methods()[method].create_model(encoder, hidden, dim, sizes[0], n_features=nf, **({} if method=='swav' else dict(n_heads=n_heads)))
+    heads['prototypes.weight'] = torch.cat(protos)
+    _check_names(heads, {k:v for k,v in model.state_dict().items() if k.startswith(('projector.','prototypes.'))}, weights, f'projector and prototypes of {method}')
     model.load_state_dict(heads, strict=False)
     return model
 
@@ -143,6 +150,9 @@ def layout_state(
     if isinstance(pairs, str): raise ValueError(f'the encoder does not fit {arch} in the layout {layout}: {pairs}')
     res = {pairs[k]:v.detach().cpu() for k,v in state.items()}
     if layout!='official': return res
-    heads = _clean_names(_unwrapped(getattr(model, 'model', model)))
+    whole = _unwrapped(getattr(model, 'model', model))
+    heads = _clean_names(whole)
+    if n := getattr(whole, 'n_heads', 0):
+        heads |= {f'prototypes.prototypes{i}.weight':w for i,w in enumerate(heads.pop('prototypes.weight').chunk(n))}
     res |= {k.replace('projector.', 'projection_head.'):v.detach().cpu() for k,v in heads.items() if k.startswith(('projector.','prototypes.'))}
     return {f'module.{k}':v for k,v in res.items()}

@@ -8,6 +8,8 @@ __all__ = ['Recipe', 'register_recipe', 'recipes', 'get_recipe', 'setting_info']
 # %% ../nbs/64_recipes.ipynb #6c254b14
 import difflib, inspect, textwrap
 from functools import partial
+from importlib import import_module
+from pkgutil import iter_modules
 
 import torch
 from fastcore.basics import first, patch, store_attr
@@ -22,16 +24,20 @@ from fastai.optimizer import SGD, Adam
 from fastai.torch_core import no_random
 from torch import nn
 
-from .core import SSLCallback, check_size, notice_once, ssl_methods
+from .core import SSLCallback, _method_recipes, check_size, notice_once, ssl_methods
 from .data import no_loss
 from .dist import world_size
 from .layers import create_encoder, encoder_channels
 from .optimizer import LARC, LARS, warmup_cos
-import self_supervised.vision.swav, self_supervised.vision.simclr # noqa: F401 (register their methods)
+from . import vision
+
+for _o in iter_modules(vision.__path__): import_module(f'self_supervised.vision.{_o.name}') # they register their methods
 
 # %% ../nbs/64_recipes.ipynb #57efe177
 _opts = dict(larc=LARC, lars=LARS, sgd=partial(SGD, decouple_wd=False), adam=Adam)
 _no_settings = {'self', 'name', 'method', 'about', 'kwargs', 'encoder', 'n_features', 'aug_pipelines', 'print_augs', 'cuda', 'xtra_tfms', 'return'}
+
+_for_callback = dict(freeze_epochs='freeze_prototypes_niters', queue_start_epoch='queue_start_pct') # a setting of the recipe, and the argument of a callback that it gives
 
 def _parts(method):
     "The functions of `method` that take settings"
@@ -74,15 +80,14 @@ class Recipe:
         if not 0<=warmup_epochs<epochs: raise ValueError(f'warmup_epochs={warmup_epochs} must be fewer than epochs={epochs}: give both')
         store_attr(but='kwargs')
         self.args = kwargs
-        for k in kwargs:
+        for k in [*kwargs, *(o for o in _for_callback if getattr(self, o) is not None)]:
             if k not in self.names: raise ValueError(f'{k} is no setting of a {method} recipe{_near(k, self.names)}')
 
     @property
     def names(self) -> list: # of strings
         "Names of all settings there are"
-        own = inspect.signature(Recipe).parameters
-        return [k for k in dict.fromkeys(k for f in (own, *(inspect.signature(f).parameters for f in _parts(self.method).values())) for k in f)
-                if k not in _no_settings]
+        all = dict.fromkeys(k for f in (Recipe, *_parts(self.method).values()) for k in inspect.signature(f).parameters)
+        return [k for k in all if k not in _no_settings and _for_callback.get(k, k) in all]
 
     @property
     def settings(self) -> dict: # name → value
@@ -120,16 +125,25 @@ def register_recipe(
     _recipes[recipe.name] = recipe
     return recipe
 
+def _known():
+    "All recipes, with those that methods have brought along since"
+    for nm,(method,like,changes) in _method_recipes.items():
+        if nm in _recipes: continue
+        names = Recipe('', method).names
+        rest  = {k:v for k,v in _recipes[like].settings.items() if k in names} if like else {}
+        register_recipe(Recipe(nm, method, **(rest | changes)))
+    return _recipes
+
 def recipes() -> list: # of names
     "Names of all recipes"
-    return list(_recipes)
+    return list(_known())
 
 def get_recipe(
     name:str, # one of `recipes()`
     **settings # those to change, as in `Recipe.new`
 ) -> Recipe: # ready to run
     "The recipe called `name`"
-    if name not in _recipes: raise ValueError(f'{name!r} is not the name of a recipe{_near(name, recipes())}')
+    if name not in _known(): raise ValueError(f'{name!r} is not the name of a recipe{_near(name, recipes())}')
     return _recipes[name].new(**settings)
 
 # %% ../nbs/64_recipes.ipynb #2d524011
@@ -316,6 +330,8 @@ def suggest(self:Recipe,
         elif K>n_images//20:  change(f'a queue of 15 batches would hold {K/n_images:.0%} of the images, and hurts (measured on 5,000 images)', K=None)
         else:                 change('15 batches, as in the official runs of 256', K=K, queue_start_epoch=min(15., self.epochs/4))
     if 'n_protos' in self.args:
-        n = min(round(3000*(n_images/1_281_167)**.61, -1), 2*(res.bs+(res.args.get('K') or 0)))
-        change('between the 3,000 for the 1.28 M images of ImageNet and the 100 that do for 5,000, and no more than two for each sample of an assignment', n_protos=max(int(n), 10))
+        most,why = (n_images//10,'ten images or more for each') if ssl_methods()[self.method].callback.assigns_all else (
+            2*(res.bs+(res.args.get('K') or 0)),'no more than two for each sample of an assignment')
+        n = min(round(3000*(n_images/1_281_167)**.61, -1), most)
+        change(f'between the 3,000 for the 1.28 M images of ImageNet and the 100 that do for 5,000, and {why}', n_protos=max(int(n), 10))
     return res

@@ -71,9 +71,9 @@ def sinkhorn_labels(
     def logits(): return (torch.add(u, o@prototypes.T, alpha=1/eps) for o in blocks)
     with torch.autocast(z.device.type, enabled=False):
         u = -_logsumexp_samples(logits())
-        for _ in range(n_iters):
+        for left in reversed(range(n_iters)):
             mass = _mass(logits())
             off  = (mass/mass.mean()-1).abs().max()
-            if off<=tol: break
+            if off<=tol or not left: break
             u = u - mass.log()
         return torch.cat([o.argmax(1) for o in logits()]),off

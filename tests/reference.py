@@ -72,3 +72,33 @@ def nt_xent(z, n_views, temp):
             total -= log_softmax(logits)[0]
             pairs += 1
     return total/pairs
+
+
+def spherical_kmeans(x, start, n_iters):
+    "Centroids and labels of rows `x`: the nearest by scalar product; the mean of its rows, of unit length; one without rows stays"
+    dot = lambda a,b: sum(float(i)*float(j) for i,j in zip(a, b))
+    nearest = lambda row: max(range(len(centroids)), key=lambda k: dot(row, centroids[k]))
+    centroids = [[float(o) for o in c] for c in start]
+    for _ in range(n_iters):
+        labels = [nearest(o) for o in x]
+        for k in range(len(centroids)):
+            mine = [o for o,l in zip(x, labels) if l==k]
+            if not mine: continue
+            mean = [sum(float(o[d]) for o in mine)/len(mine) for d in range(len(mine[0]))]
+            centroids[k] = [o/math.sqrt(dot(mean, mean)) for o in mean]
+    return np.array(centroids),np.array([nearest(o) for o in x])
+
+
+def balanced_labels(scores, eps, rounds):
+    "The largest part of each row's code, after `rounds` rounds over all of `scores` (N,K)"
+    return sinkhorn(scores, eps, rounds).argmax(1)
+
+
+def cluster_loss(scores, labels, temp):
+    "`scores` (V,B,H,K), `labels` (H,B): how unlikely every view of every image finds its image's label, in every head"
+    V,B,H = len(scores),len(scores[0]),len(labels)
+    total = 0.
+    for v in range(V):
+        for b in range(B):
+            for h in range(H): total -= log_softmax([float(o)/temp for o in scores[v][b][h]])[int(labels[h][b])]
+    return total/(V*B*H)

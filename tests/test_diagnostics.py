@@ -114,14 +114,14 @@ def test_history(name, every):
         if now['codes'] is not None: want |= dict(zip(('mean_entropy','code_entropy'), np.mean([slow_stats(o)[:2] for o in now['codes']], 0)))
         if now['queue'] is not None: want['queue'] = now['queue']
         for k,v in want.items(): assert h[k][i]==pytest.approx(v, rel=1e-3, abs=1e-5), k
-    assert ('protos' in h)==(name=='swav') and ('queue' in h)==(name=='swav')
+    assert ('protos' in h)==hasattr(learn.model, 'prototypes') and ('queue' in h)==hasattr(learn.model, 'queue')
     for nm,v in zip(learn.recorder.metric_names[3:-1], learn.recorder.values[-1][2:]): assert v==h[nm][-1]
 
 @pytest.mark.parametrize('name', methods)
 def test_columns(name):
     learn = monitored(name)
     quiet(learn, 1)
-    assert learn.recorder.metric_names==['epoch','train_loss','valid_loss','loss-chance',*(['protos'] if name=='swav' else []),'std','rank','time']
+    assert learn.recorder.metric_names==['epoch','train_loss','valid_loss','loss-chance',*(['protos'] if hasattr(learn.model, 'prototypes') else []),'std','rank','time']
     assert len(learn.metrics)==0
 
 class Plain(SSLCallback):

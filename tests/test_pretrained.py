@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from methods import quiet
 from self_supervised.all import SWAV, create_encoder, create_model, create_timm_encoder, get_swav_aug_pipelines, load_encoder, tensor_dls
+from self_supervised.core import ssl_methods
 from self_supervised.layers import CheckpointSequential
 from self_supervised.pretrained import create_official_model, layout_state, load_official, official_weights, read_official
 from self_supervised import layers
@@ -76,7 +77,7 @@ def files(net, tmp_path_factory):
     (hub/'checkpoints').mkdir()
     torch.hub.set_dir(hub)
     write(hub/'checkpoints'/'swav_800ep_pretrain.pth.tar', net, heads())
-    write(hub/'checkpoints'/'deepclusterv2_400ep_pretrain.pth.tar', net, heads(protos=(20,20,10)))
+    write(hub/'checkpoints'/'deepclusterv2_400ep_pretrain.pth.tar', net, heads(protos=(20,20,20)))
     yield hub/'checkpoints'
     torch.hub.set_dir(home)
 
@@ -186,14 +187,15 @@ def test_strict(change, says, lib, file, tmp_path):
     (lambda file: create_encoder('resnet50', pretrained='swav_RN50w2_400ep'), ValueError, "create_encoder\\('resnet50w2'"),
     (lambda file: create_encoder('resnet50', pretrained='swav_850ep'), ValueError, 'not a released name; did you mean swav_800ep'),
     (lambda file: create_encoder('resnet50', pretrained=file.parent), ValueError, 'is not a file'),
-    (lambda file: create_official_model('deepclusterv2_400ep'), ValueError, r'prototypes\.prototypes0\.weight.*take its encoder'),
+    (lambda file: create_official_model('deepclusterv2_400ep', method='swav'), ValueError, r'prototypes of \[20, 20, 20\], which do not fit swav'),
+    (lambda file: create_official_model(file, method='simclr'), ValueError, "method='simclr' must be 'swav'"),
     (lambda file: create_encoder('resnet50w4'), ValueError, "pretrained='swav_RN50w4_400ep'"),
     (lambda file: layout_state(nn.Sequential(nn.Conv2d(3,4,3)), 'timm'), ValueError, 'does not say what it is'),
     (lambda file: layout_state(create_encoder('xresnet18', pretrained=False), 'timm'), ValueError, 'timm has no xresnet18; neither library has'),
     (lambda file: layout_state(create_encoder('resnet18', pretrained=False), 'official'), ValueError, 'hold ResNet-50s, not a resnet18'),
     (lambda file: layout_state(create_encoder('resnet18', pretrained=False, low_resolution=True), 'timm'), ValueError, r'does not fit resnet18 in the layout timm: .*3, 3'),
     (lambda file: layout_state(create_encoder('resnet18', pretrained=False), 'jax'), ValueError, "layout='jax' must be 'torchvision', 'timm' or 'official'"),
-], ids=range(11))
+], ids=range(12))
 def test_wrong_use(f, error, says, file):
     with pytest.raises(error, match=says): f(file)
 
@@ -235,6 +237,32 @@ def test_whole_model_and_a_step(net, file, x):
     old = {k:v.clone() for k,v in model.state_dict().items()}
     quiet(learn, 1, 1e-3)
     assert all(not torch.equal(old[k], v) for k,v in model.named_parameters())
+
+@pytest.mark.parametrize('method,learns', [(None,False), ('deepcluster',False), ('sela',True)])
+def test_models_of_several_heads(net, files, x, method, learns):
+    "Scores of every head, a step, and the official layout again"
+    file  = files/'deepclusterv2_400ep_pretrain.pth.tar'
+    model,hs = create_official_model(file, method=method).eval(),torch.load(file)
+    z,scores = model([x])
+    for h in range(3): close(scores[:,h], z@hs[f'module.prototypes.prototypes{h}.weight'].T)
+    assert model.prototypes.weight.requires_grad==learns
+    again = layout_state(model, 'official')
+    assert list(again)==list(hs) and all(torch.equal(again[k], hs[k]) for k in hs)
+    m  = ssl_methods()['sela' if learns else 'deepcluster']
+    cb = m.callback(m.get_aug_pipelines((2,1), (32,24), (.4,.1), (1.,.4)), [0,1])
+    learn = Learner(tensor_dls(torch.randint(0, 256, (24,3,32,32), dtype=torch.uint8), bs=12), model, cbs=cb)
+    quiet(learn, 1, 1e-3)
+    assert learn.recorder.losses[-1].isfinite()
+
+def test_name_says_the_method(files):
+    (files/'selav2_400ep_pretrain.pth.tar').write_bytes((files/'deepclusterv2_400ep_pretrain.pth.tar').read_bytes())
+    assert create_official_model('selav2_400ep').prototypes.weight.requires_grad
+    assert not create_official_model('deepclusterv2_400ep').prototypes.weight.requires_grad
+
+def test_heads_of_different_sizes(net, tmp_path):
+    file = write(tmp_path/'x.pth', net, heads(protos=(20,10)))
+    with pytest.raises(ValueError, match=r'\[20, 10\], which do not fit deepcluster'): create_official_model(file)
+    with pytest.raises(ValueError, match='no projector with prototypes'): create_official_model(write(tmp_path/'y.pth', net, {}))
 
 def test_layouts(net, file, x):
     for enc in (create_encoder('resnet50', file), create_encoder(create_timm_encoder('resnet50', pretrained=False, pool_type='avg'), file),

@@ -1,8 +1,10 @@
 import pytest, torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
-from self_supervised.sinkhorn import sinkhorn_knopp
+from self_supervised import sinkhorn
+from self_supervised.sinkhorn import sinkhorn_knopp, sinkhorn_labels
 
 
 def unit_scores(B, K, D=16, seed=0):
@@ -103,18 +105,86 @@ def test_a_prototype_far_from_every_sample(far, n_iters):
     torch.testing.assert_close(q.sum(1), torch.ones(32), rtol=0, atol=2e-6)
     if n_iters==200 and far<1e30: torch.testing.assert_close(q.sum(0), torch.full((8,), 4.), rtol=.05, atol=0)
 
+class Look(TorchDispatchMode):
+    "Note numbers and place of every tensor that is made"
+    def __init__(self):
+        super().__init__()
+        self.made = []
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and isinstance(out, torch.Tensor): self.made.append((out.numel(), out.untyped_storage().data_ptr()))
+        return out
+
 def test_memory_is_that_of_the_codes():
     "No tensor larger than a block is made, but the codes"
-    from torch.utils._python_dispatch import TorchDispatchMode
-    made = []
-    class Look(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if not func.is_view and isinstance(out, torch.Tensor): made.append((out.numel(), out.untyped_storage().data_ptr()))
-            return out
     s,queue = unit_scores(300, 3000).float(),unit_scores(600, 3000, seed=1).float()
-    with Look(): q = sinkhorn_knopp(s, queue=queue)
-    assert max(n for n,ptr in made if ptr!=q.data_ptr()) <= 2**19 < q.numel()
+    with Look() as look: q = sinkhorn_knopp(s, queue=queue)
+    assert max(n for n,ptr in look.made if ptr!=q.data_ptr()) <= 2**19 < q.numel()
 
 def test_wrong_queue():
     with pytest.raises(ValueError, match=r'queue has shape \(4, 5\).*\(samples, 4\)'): sinkhorn_knopp(unit_scores(4, 4), queue=unit_scores(4, 5))
+
+
+# Labels of a whole data set
+
+def unit_parts(N, K, D=16, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    return [F.normalize(torch.randn(n, D, generator=g, dtype=torch.float64), dim=1).to(dtype) for n in (N,K)]
+
+def off_balance(s, eps, rounds):
+    "How far the mass of a prototype is from its share, by the dense codes"
+    mass = reference.sinkhorn(s.tolist(), eps, rounds).sum(0)
+    return abs(mass/mass.mean()-1).max()
+
+@pytest.mark.parametrize('N,K', [(40,5), (9,9), (5,12), (8,1)])
+@pytest.mark.parametrize('eps', [.05, .3])
+def test_labels_equal_reference(N, K, eps):
+    "Few rounds and many; the residual is that of the labels that are returned"
+    z,c = unit_parts(N, K)
+    for rounds in (1, 4, 60):
+        labels,off = sinkhorn_labels(z, c, eps, 0., rounds)
+        assert labels.tolist()==reference.balanced_labels((z@c.T).tolist(), eps, rounds).tolist()
+        assert off.ndim==0 and off.item()==pytest.approx(off_balance(z@c.T, eps, rounds), rel=1e-6, abs=1e-12)
+
+@pytest.mark.parametrize('tol', [.3, .01, .001])
+def test_rounds_end_at_tol(tol):
+    "With the first round that is near enough, and not before"
+    z,c = unit_parts(40, 6)
+    off = [off_balance(z@c.T, .05, n) for n in range(1, 200)]
+    n = next(i for i,o in enumerate(off, 1) if o<=tol)
+    assert 1<n<199
+    labels,got = sinkhorn_labels(z, c, .05, tol)
+    assert got.item()==pytest.approx(off[n-1], rel=1e-6)
+    assert labels.tolist()==reference.balanced_labels((z@c.T).tolist(), .05, n).tolist()
+
+@pytest.mark.parametrize('rows', [1, 7, 40])
+def test_labels_do_not_depend_on_blocks(monkeypatch, rows):
+    z,c = unit_parts(40, 6)
+    whole = sinkhorn_labels(z, c)
+    seen  = []
+    monkeypatch.setattr(sinkhorn, '_block_rows', lambda t,n: seen.append((len(t), n)) or rows)
+    parts = sinkhorn_labels(z, c)
+    assert seen==[(40,6)] and torch.equal(parts[0], whole[0]) and parts[1].item()==pytest.approx(whole[1].item(), rel=1e-9)
+
+@pytest.mark.parametrize('eps', [.05, .001])
+def test_labels_in_float32_and_autocast(eps):
+    "Scores are 1,000 apart at the smaller eps; bfloat16 would change a third of the labels"
+    z,c = unit_parts(500, 10)
+    want,_ = sinkhorn_labels(z, c, eps)
+    got,off = sinkhorn_labels(z.float(), c.float(), eps)
+    assert (got==want).float().mean()>.98 and off.isfinite()
+    with torch.autocast('cpu', torch.bfloat16): again = sinkhorn_labels(z.float(), c.float(), eps)
+    assert torch.equal(again[0], got) and torch.equal(again[1], off)
+
+def test_labels_never_hold_all_scores():
+    z,c = unit_parts(4000, 500, dtype=torch.float32) # 2 million scores: four blocks
+    with Look() as look: sinkhorn_labels(z, c, n_iters=2)
+    assert max(n for n,_ in look.made) <= 2**19 < len(z)*len(c)
+
+def test_labels_without_gradient():
+    z,c = unit_parts(8, 4)
+    assert not sinkhorn_labels(z.requires_grad_(), c.requires_grad_())[1].requires_grad
+
+@pytest.mark.parametrize('kwargs,msg', [(dict(eps=0), 'eps=0 must be positive'), (dict(tol=-1), 'tol=-1 not negative'), (dict(n_iters=0), 'n_iters=0 1 or more: .*200 are usual')])
+def test_wrong_arguments_of_labels(kwargs, msg):
+    with pytest.raises(ValueError, match=msg): sinkhorn_labels(*unit_parts(8, 4), **kwargs)

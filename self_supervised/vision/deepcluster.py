@@ -225,7 +225,7 @@ _small_crops = dict(num_crops=(2,4), crop_sizes=(160,96), min_scales=(.08,.05), 
 _official    = 'Official run of Caron et al. 2020; ImageNet, linear: {} % top-1.'
 
 register_method('deepcluster', DeepCluster, create_deepcluster_model, get_deepcluster_aug_pipelines, deepcluster_loss, recipes=dict(
-    deepclusterv2_400ep       = dict(like='swav_400ep',       about=_official.format(74.3), **_small_crops),
-    deepclusterv2_400ep_2x224 = dict(like='swav_400ep_2x224', about=_official.format(70.2)),
-    deepclusterv2_800ep       = dict(like='swav_800ep',       about=_official.format(75.2)),
-    deepcluster_small         = dict(like='swav_small',       about='Ours: Fashion-MNIST, 5,000 images: not measured yet.')));
+    deepclusterv2_400ep       = dict(like='swav_400ep',       about=_official.format(74.3), n_heads=3, **_small_crops),
+    deepclusterv2_400ep_2x224 = dict(like='swav_400ep_2x224', about=_official.format(70.2), n_heads=3),
+    deepclusterv2_800ep       = dict(like='swav_800ep',       about=_official.format(75.2), n_heads=3),
+    deepcluster_small         = dict(like='swav_small',       n_heads=3, about='Ours: Fashion-MNIST, 5,000 images: not measured yet.')));

@@ -32,10 +32,11 @@ def create_sela_model(
     encoder:nn.Module, # any module that gives (B,F) features; `create_encoder` makes one
     hidden_size:int=256, # width of the projector (2048 for ResNet-50)
     projection_size:int=128, # D, size of an embedding
+    n_protos:int=3000, # K, prototypes of a head (chosen: DeepCluster-v2's)
     **kwargs # as in `create_deepcluster_model`
 ) -> DeepClusterModel: # its prototypes learn
     "A `DeepClusterModel` around `encoder`, for `SeLa`"
-    model = create_deepcluster_model(encoder, hidden_size, projection_size, **kwargs)
+    model = create_deepcluster_model(encoder, hidden_size, projection_size, n_protos, **kwargs)
     model.prototypes.requires_grad_(True)
     return model
 
@@ -85,6 +86,6 @@ class SeLa(DeepCluster):
 _about = 'SeLa-v2 as chosen here, for the released run of Caron et al. 2020; ImageNet, linear: {} % top-1.'
 
 register_method('sela', SeLa, create_sela_model, get_sela_aug_pipelines, sela_loss, recipes=dict(
-    selav2_400ep       = dict(like='deepclusterv2_400ep',       about=_about.format(71.8)),
-    selav2_400ep_2x224 = dict(like='deepclusterv2_400ep_2x224', about=_about.format(67.2)),
-    sela_small         = dict(like='deepcluster_small',         about='Ours: Fashion-MNIST, 5,000 images: not measured yet.')));
+    selav2_400ep       = dict(like='deepclusterv2_400ep',       about=_about.format(71.8), freeze_epochs=1.),
+    selav2_400ep_2x224 = dict(like='deepclusterv2_400ep_2x224', about=_about.format(67.2), freeze_epochs=1.),
+    sela_small         = dict(like='deepcluster_small',         freeze_epochs=.5, about='Ours: Fashion-MNIST, 5,000 images: not measured yet.')));
