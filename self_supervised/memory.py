@@ -21,16 +21,19 @@ _iter = DataLoader.__iter__
 @patch
 def __iter__(self:DataLoader):
     "Count the batches, for `image_ids`"
-    self._order = None
-    for self.n_given,b in enumerate(_iter(self), 1): yield b
+    order = []
+    for i,b in enumerate(_iter(self)):
+        self._given = i,order # each time: somebody may have looked at a batch in between
+        yield b
 
 def image_ids(
     dl:DataLoader, # of fastai, in the middle of its batches
     n:int, # images of the batch that it gave last
 ) -> Tensor: # (n,) int64, their numbers in its dataset
     "Which images the last batch holds"
-    if dl._order is None: dl._order = torch.tensor(list(dl.sample()))
-    return dl._order[(dl.n_given-1)*dl.bs:][:n]
+    i,order = dl._given
+    if not order: order += dl.sample()
+    return torch.tensor(order[i*dl.bs:i*dl.bs+n])
 
 # %% ../nbs/09_memory.ipynb #4cb593f4
 def check_countable(

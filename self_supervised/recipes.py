@@ -86,8 +86,8 @@ class Recipe:
     @property
     def names(self) -> list: # of strings
         "Names of all settings there are"
-        all = dict.fromkeys(k for f in (Recipe, *_parts(self.method).values()) for k in inspect.signature(f).parameters)
-        return [k for k in all if k not in _no_settings and _for_callback.get(k, k) in all]
+        args = dict.fromkeys(k for f in (Recipe, *_parts(self.method).values()) for k in inspect.signature(f).parameters)
+        return [k for k in args if k not in _no_settings and _for_callback.get(k, k) in args]
 
     @property
     def settings(self) -> dict: # name → value
@@ -330,8 +330,8 @@ def suggest(self:Recipe,
         elif K>n_images//20:  change(f'a queue of 15 batches would hold {K/n_images:.0%} of the images, and hurts (measured on 5,000 images)', K=None)
         else:                 change('15 batches, as in the official runs of 256', K=K, queue_start_epoch=min(15., self.epochs/4))
     if 'n_protos' in self.args:
-        most,why = (n_images//10,'ten images or more for each') if ssl_methods()[self.method].callback.assigns_all else (
-            2*(res.bs+(res.args.get('K') or 0)),'no more than two for each sample of an assignment')
-        n = min(round(3000*(n_images/1_281_167)**.61, -1), most)
-        change(f'between the 3,000 for the 1.28 M images of ImageNet and the 100 that do for 5,000, and {why}', n_protos=max(int(n), 10))
+        n,why = round(3000*(n_images/1_281_167)**.61, -1),'between the 3,000 for the 1.28 M images of ImageNet and the 100 that do for 5,000'
+        if not ssl_methods()[self.method].callback.assigns_all:
+            n,why = min(n, 2*(res.bs+(res.args.get('K') or 0))),f'{why}, and no more than two for each sample of an assignment'
+        change(why, n_protos=max(int(n), 10))
     return res

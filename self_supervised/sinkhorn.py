@@ -68,7 +68,7 @@ def sinkhorn_labels(
     if eps<=0 or tol<0 or n_iters<1: raise ValueError(f'eps={eps} must be positive, tol={tol} not negative and n_iters={n_iters} 1 or more: 0.05, 0.01 and 200 are usual')
     blocks = z.split(_block_rows(z, len(prototypes)))
     u = z.new_zeros(len(prototypes))
-    def logits(): return (torch.add(u, o@prototypes.T, alpha=1/eps) for o in blocks)
+    def logits(): return (torch.addmm(u, o, prototypes.T, alpha=1/eps) for o in blocks)
     with torch.autocast(z.device.type, enabled=False):
         u = -_logsumexp_samples(logits())
         for left in reversed(range(n_iters)):
@@ -76,4 +76,4 @@ def sinkhorn_labels(
             off  = (mass/mass.mean()-1).abs().max()
             if off<=tol or not left: break
             u = u - mass.log()
-        return torch.cat([o.argmax(1) for o in logits()]),off
+        return torch.cat([o.max(1).indices for o in logits()]),off

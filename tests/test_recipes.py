@@ -11,8 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from methods import encoder, images, quiet
+from self_supervised import core, recipes as recipe_module
 from self_supervised.core import ssl_methods
 from self_supervised.data import tensor_dls
+from self_supervised.vision.simclr import SimCLR
 from self_supervised.recipes import Recipe, get_recipe, recipes, register_recipe, setting_info
 
 imagenet = 1_281_167
@@ -45,6 +47,50 @@ def test_official_swav(name):
     assert common.items()<=s.items()
     assert s['hidden_size']==(8192 if 'RN50w' in name else 2048) and s['arch']==('resnet50'+name[9:11] if 'RN50w' in name else 'resnet50')
     assert (r.opt,r.wd,r.mom,r.wd_bn_bias,r.precision,r.pool_type)==('larc',1e-6,.9,True,'fp16','avg')
+
+# name: crops, areas, epochs, top-1; from the scripts of DeepCluster-v2 and the table of released weights
+clusters = {'deepclusterv2_400ep':       ('2x160+4x96', '.08-1 .05-.14', 400, 74.3), 'deepclusterv2_400ep_2x224': ('2x224', '.08-1', 400, 70.2),
+            'deepclusterv2_800ep':       ('2x224+6x96', '.14-1 .05-.14', 800, 75.2), 'selav2_400ep': ('2x160+4x96', '.08-1 .05-.14', 400, 71.8),
+            'selav2_400ep_2x224':        ('2x224', '.08-1', 400, 67.2)}
+
+@pytest.mark.parametrize('name', clusters)
+def test_official_clusters(name):
+    crops,areas,epochs,top1 = clusters[name]
+    r,like = get_recipe(name),get_recipe('swav_400ep').settings
+    s = r.settings
+    assert r.method==name.partition('v2')[0] and [f'{n}x{o}' for n,o in zip(s['num_crops'], s['crop_sizes'])]==crops.split('+')
+    assert list(zip(s['min_scales'], s['max_scales']))==[tuple(map(float, o.split('-'))) for o in areas.split()]
+    assert (r.epochs,s['n_heads'],s['n_protos'],s['temp'])==(epochs,3,3000,.1) and f'{top1} %' in r.about
+    same = 'arch bs opt lr lr_start lr_final warmup_epochs mom wd wd_bn_bias precision hidden_size projection_size jitter_s jitter_p bw_p blur_p blur_s crop_assgn_ids'.split()
+    assert {k:s[k] for k in same}=={k:like[k] for k in same} # otherwise SwAV's optimiser, schedule and colours
+    assert not {'K','n_sinkh_iter','eps','queue_start_epoch'} & {k for k,v in s.items() if v is not None}
+    assert r.freeze_epochs==(1. if r.method=='sela' else None)
+
+def test_recipes_of_a_method_that_comes_later(monkeypatch):
+    "A method of the user's brings its own, one of them like another of its own"
+    names = 'mine_small','mine_large','mine_own'
+    class Mine(SimCLR):
+        def __init__(self, aug_pipelines, temp=.5, depth=3, print_augs=False): super().__init__(aug_pipelines, temp, print_augs)
+    for d,nms in ((core._methods,['mine']), (core._method_recipes,names), (recipe_module._recipes,names)):
+        for o in nms: monkeypatch.setitem(d, o, None); del d[o] # taken away again afterwards
+    m = core.ssl_methods()['simclr']
+    core.register_method('mine', Mine, m.create_model, m.get_aug_pipelines, m.loss, recipes=dict(
+        mine_small=dict(like='simclr_small', about='Mine.', depth=4), mine_large=dict(like='mine_small', bs=512, epochs=30), mine_own=dict(size=32, lr=.1)))
+    assert set(recipes())>={*names}
+    a,b,c = map(get_recipe, names)
+    assert (a.method,a.about,a.settings['depth'],a.epochs,a.settings['size'])==('mine','Mine.',4,get_recipe('simclr_small').epochs,28)
+    assert (b.bs,b.settings['depth'],c.lr,c.settings['size'])==(512,4,.1,32)
+
+def test_settings_that_a_method_does_not_have():
+    for nm,kw in (('simclr_small',dict(freeze_epochs=1.)), ('deepcluster_small',dict(freeze_epochs=1.)), ('sela_small',dict(queue_start_epoch=2.)), ('deepcluster_small',dict(K=10))):
+        with pytest.raises(ValueError, match=f'{next(iter(kw))} is no setting of a'): get_recipe(nm, **kw)
+
+def test_suggest_for_methods_that_assign_all_images(capsys):
+    "Their number of prototypes has nothing to do with the batch"
+    kw = dict(n_images=100_000, memory=8)
+    for nm in ('deepclusterv2_400ep','selav2_400ep'):
+        r = get_recipe(nm).suggest(**kw)
+        assert r.settings['n_protos']==round(3000*(1e5/imagenet)**.61, -1)>2*r.bs and 'sample of an assignment' not in capsys.readouterr().out
 
 def test_simclr_papers():
     one,two = get_recipe('simclr_v1_1000ep'),get_recipe('simclr_v2_800ep')

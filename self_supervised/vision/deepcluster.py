@@ -95,8 +95,8 @@ def deepcluster_loss(
 # %% ../../nbs/12_vision.deepcluster.ipynb #db4ae9d6
 def _nearest(x, centroids):
     "The centroid with the largest scalar product"
-    rows = max(1, (2**21 if x.is_cpu else 2**24)//len(centroids))
-    return torch.cat([(o@centroids.T).argmax(1) for o in x.split(rows)])
+    rows = max(1, (2**20 if x.is_cpu else 2**24)//len(centroids))
+    return torch.cat([(o@centroids.T).max(1).indices for o in x.split(rows)]) # on a CPU `argmax` takes twice as long
 
 def _nearest_faiss(x, centroids):
     import faiss

@@ -130,8 +130,8 @@ class SWAV(SSLCallback):
     def before_fit(self):
         "Check model and sizes, and set up the queue"
         m = self.ssl_model
-        if not hasattr(m, 'prototypes'): raise ValueError(
-            f'the model ({type(m).__name__}) has no `prototypes`: make it with create_swav_model(encoder)')
+        if not hasattr(m, 'prototypes') or hasattr(m, 'heads'): raise ValueError(
+            f'the model ({type(m).__name__}) has no single set of `prototypes`: make it with create_swav_model(encoder)')
         super().before_fit()
         n_protos,dim = m.prototypes.weight.shape
         self.chance  = math.log(n_protos)

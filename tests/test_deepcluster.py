@@ -1,0 +1,344 @@
+"DeepCluster-v2: k-means, the loss, whole fits against loops, and a memory that nothing but training changes"
+import math, re, warnings
+from copy import deepcopy
+
+import pytest, torch
+from fastai.callback.core import Callback
+from fastai.callback.schedule import LRFinder # noqa: F401 (patches lr_find into Learner)
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner, Recorder
+from fastai.optimizer import SGD
+from fasttransform import Pipeline
+from sklearn.metrics import normalized_mutual_info_score
+from torch import nn
+from torch.nn import functional as F
+
+import methods, reference
+from self_supervised.core import SSLCallback
+from self_supervised.checkpoint import read_whole
+from self_supervised.data import no_loss, tensor_dls
+from self_supervised.diagnostics import CollapseMonitor
+from self_supervised.dist import rank
+from self_supervised.evaluation import OnlineKNN
+from self_supervised.vision import deepcluster
+from self_supervised.vision.deepcluster import DeepCluster, create_deepcluster_model, deepcluster_loss, spherical_kmeans
+from self_supervised.vision.sela import SeLa, create_sela_model
+
+from test_checkpoint import Die, fit, make, outcome, same
+from test_dist import on_ranks
+from test_online import labelled
+from test_swav import corner, images, mixed, quiet, views_2, views_2_6
+
+pytestmark = pytest.mark.slow
+both = pytest.mark.parametrize('name', ['deepcluster', 'sela'])
+
+def unit(n, D=5, seed=0, dtype=torch.float64): return F.normalize(torch.randn(n, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=1).to(dtype)
+
+
+# The functions
+
+@pytest.mark.parametrize('faiss', [False, True])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('n,K,rounds', [(60,4,10), (60,4,1), (9,7,5), (5,5,3), (30,1,10)])
+def test_kmeans_equals_loops(monkeypatch, n, K, rounds, dtype, faiss):
+    "In blocks too, and with a centroid that nobody is near to and one that is there twice: they stay"
+    x = unit(n, dtype=dtype)
+    start = torch.cat([x[:K], -x.mean(0, keepdim=True), x[:1]]) if K>1 else x[:1]
+    want,labels = reference.spherical_kmeans(x.tolist(), start.tolist(), rounds)
+    for rows in (None, 7*len(start)):
+        if rows: monkeypatch.setattr(deepcluster, '_nearest', lambda x,c, f=deepcluster._nearest: torch.cat([f(o, c) for o in x.split(7)]))
+        got,near = spherical_kmeans(x, start.clone(), rounds, faiss)
+        torch.testing.assert_close(got, torch.from_numpy(want).to(dtype), rtol=1e-5, atol=1e-6)
+        assert near.tolist()==labels.tolist() and near.dtype==torch.int64
+    if K>1: assert torch.equal(got[-1], start[-1]) # the lower number wins a draw, and its twin has nobody
+
+def test_kmeans_in_blocks():
+    "Products are made block by block; no tensor holds those of all rows"
+    from test_sinkhorn import Look
+    x,start = unit(5000, dtype=torch.float32),unit(1000, seed=1, dtype=torch.float32)
+    with Look() as look: got = spherical_kmeans(x, start, 1)[1]
+    assert max(n for n,_ in look.made) <= 2**21 < len(x)*len(start)
+    assert torch.equal(got, (x@spherical_kmeans(x, start, 1)[0].T).argmax(1))
+
+@pytest.mark.parametrize('V,H', [(2,1), (6,3)])
+def test_loss_equals_loops(V, H):
+    s,labels = torch.randn(V,4,H,5, dtype=torch.float64, requires_grad=True),torch.randint(5, (H,4))
+    loss = deepcluster_loss(s, labels, .2)
+    assert loss.item()==pytest.approx(reference.cluster_loss(s.tolist(), labels.tolist(), .2), rel=1e-10)
+    want = sum(-(s[v,b,h]/.2).log_softmax(0)[labels[h,b]] for v in range(V) for b in range(4) for h in range(H))/(V*4*H)
+    torch.testing.assert_close(*(torch.autograd.grad(o, s)[0] for o in (loss, want)), rtol=1e-10, atol=1e-12)
+
+
+# Whole fits
+
+class CheckStep(Callback):
+    "Keep memory and labels in loops, and do each training step again, one view after the other"
+    order = 20
+    def __init__(self, x, assign, temp, every=1): self.x,self.assign,self.temp,self.every,self.n_checked,self.assigned,self.mem = x,assign,temp,every,0,[],None
+
+    @property
+    def cb(self): return next(o for o in self.learn.cbs if isinstance(o, SSLCallback))
+
+    def project(self, m, v):
+        z = m.projector(m.encoder(v))
+        return torch.stack([r/(r*r).sum().sqrt() for r in z])
+
+    def before_batch(self):
+        cb,m,views = self.cb,deepcopy(self.learn.model),self.xb[0]
+        self.pos = cb.crop_assgn_ids
+        C = m.prototypes.weight
+        heads = C.detach().unflatten(0, (m.n_heads,-1))
+        ids = [((cb.aug_pipelines[0](self.x)-o).flatten(1).abs().sum(1)==0).nonzero().item() for o in views[0]] if self.training else []
+        if self.training:
+            with torch.no_grad():
+                if self.mem is None: self.mem = [torch.cat([self.project(m, cb.aug_pipelines[a](self.x[i:i+1])) for i in range(len(self.x))]) for a in self.pos]
+            if self.iter==0 and self.epoch%self.every==0:
+                self.labels = [self.assign(cb, h, self.mem[h%len(self.mem)], heads[h]) for h in range(m.n_heads)]
+                self.assigned.append(self.train_iter); self.protos = heads.clone()
+            assert cb.labels.tolist()==[list(o) for o in self.labels] # of all images, those that a short last batch left out too
+            torch.testing.assert_close(cb.memory, torch.stack(self.mem), rtol=1e-9, atol=1e-12)
+        m.zero_grad()
+        zs = [self.project(m, v) for v in views]
+        scores = [(z@C.T).unflatten(1, (m.n_heads,-1)) for z in zs]
+        labels = [[l[i] for i in ids] for l in self.labels] if self.training else [
+            [max(range(s.shape[2]), key=s[b,h].tolist().__getitem__) for b in range(len(s))] for h in range(m.n_heads) for s in [scores[self.pos[h%len(self.pos)]]]]
+        self.want = reference.cluster_loss([o.tolist() for o in scores], labels, self.temp)
+        if not self.training: return
+        loss = 0.
+        for s in scores:
+            for b in range(len(s)):
+                for h in range(m.n_heads): loss = loss - (s[b,h]/self.temp).log_softmax(0)[labels[h][b]]/(len(views)*len(s)*m.n_heads)
+        loss.backward()
+        self.grads = {n:p.grad for n,p in m.named_parameters()}
+        for mem,a in zip(self.mem, self.pos):
+            for b,i in enumerate(ids): mem[i] = zs[a][b].detach()
+
+    def after_loss(self):
+        assert self.learn.loss.item()==pytest.approx(self.want, rel=1e-9)
+        self.n_checked += 1
+
+    def after_backward(self):
+        for n,p in self.learn.model.named_parameters():
+            if self.grads[n] is None: assert p.grad is None
+            else: torch.testing.assert_close(p.grad, self.grads[n], rtol=1e-7, atol=1e-10, msg=n)
+        torch.testing.assert_close(self.cb.memory, torch.stack(self.mem), rtol=1e-9, atol=1e-12)
+
+def bn_free(create=create_deepcluster_model, **kwargs):
+    enc = nn.Sequential(nn.Conv2d(1,6,3), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    return create(enc, **(dict(hidden_size=8, projection_size=5, n_protos=4, bn=False, n_heads=3) | kwargs))
+
+def stepwise(cb, model, assign, temp=.2, every=1, drop_last=False, cbs=(), **kwargs):
+    "A Learner in double precision whose steps are all done again"
+    x = images().double()
+    dls = tensor_dls(x, images(5, seed=1).double(), bs=6, drop_last=drop_last)
+    learn = Learner(dls, model.double(), opt_func=SGD, lr=.5, cbs=[cb, CheckStep(x, assign, temp, every), *cbs], **kwargs)
+    learn.remove_cb(Recorder) # it cannot average float64 losses
+    return learn
+
+setups = pytest.mark.parametrize('augs,ids,heads,drop', [(views_2,[0,1],3,False), (views_2_6,[4,1],2,True), (mixed,[2],2,False), (mixed,[3,0,1],4,True)],
+                                 ids='2 2+6-other mixed-one mixed-three'.split())
+
+@setups
+@pytest.mark.parametrize('every,faiss', [(1,False), (2,True)])
+def test_fit_equals_definition(monkeypatch, augs, ids, heads, drop, every, faiss):
+    "Memory, starts, centroids, labels, loss and gradients of three epochs; prototypes are the centroids, whatever the optimizer does"
+    drawn,randperm = [],torch.randperm
+    monkeypatch.setattr(torch, 'randperm', lambda *args, **kwargs: drawn.append(randperm(*args, **kwargs)) or drawn[-1])
+    def assign(cb, h, z, head):
+        rows = drawn.pop(0)[:len(head)]
+        centroids,labels = reference.spherical_kmeans(z.tolist(), z[rows].tolist(), 6)
+        torch.testing.assert_close(head, torch.from_numpy(centroids), rtol=1e-6, atol=1e-8)
+        return labels.tolist()
+    class Fixed(Callback):
+        order = 20
+        def after_step(self): assert torch.equal(self.learn.model.heads, self.learn.check_step.protos)
+    learn = stepwise(DeepCluster(augs, ids, temp=.2, n_kmeans_iter=6, assign_every=every, faiss=faiss), bn_free(n_heads=heads), assign, every=every, drop_last=drop,
+                     cbs=[Fixed()], wd=.1, wd_bn_bias=True)
+    quiet(learn, 3)
+    n = 3 if drop else 4
+    assert learn.check_step.n_checked==3*(n+1) and learn.check_step.assigned==[n*o for o in range(0, 3, every)] and not drawn
+    assert learn.deep_cluster.labels.shape==(heads,22) and learn.deep_cluster.memory.shape==(len(ids),22,5)
+
+@both
+def test_codes_are_labels(name):
+    learn = methods.learner(name)
+    cb = next(o for o in learn.cbs if isinstance(o, SSLCallback))
+    seen = []
+    class Look(Callback):
+        def after_loss(self): seen.append((self.training, cb.last_codes))
+    learn.add_cb(Look())
+    quiet(learn, 1)
+    assert [o for o,_ in seen]==[True]*5+[False]*2
+    for _,o in seen: assert o.shape[::2]==(3,10) and ((o==0)|(o==1)).all() and (o.sum(2)==1).all()
+    assert cb.last_codes is None
+
+def counted(monkeypatch):
+    "How often the memory was filled"
+    calls,fill = [],deepcluster.fill_memory
+    monkeypatch.setattr(deepcluster, 'fill_memory', lambda *args: calls.append(1) or fill(*args))
+    return calls
+
+def state(learn):
+    cb = next(o for o in learn.cbs if isinstance(o, SSLCallback))
+    return dict(memory=cb.memory, labels=cb.labels, **learn.model.state_dict())
+
+def snapshot(learn): return {k:None if v is None else v.clone() for k,v in state(learn).items()}
+
+@both
+def test_lr_find_leaves_no_trace(tmp_path, name):
+    "Before the first fit and after it"
+    learn = methods.learner(name, path=tmp_path)
+    for _ in range(2):
+        before = snapshot(learn)
+        with learn.no_bar(): learn.lr_find(num_it=12, show_plot=False, suggest_funcs=())
+        assert same(before, state(learn))
+        assert not hasattr(next(o for o in learn.cbs if isinstance(o, SSLCallback)), '_kept')
+        quiet(learn, 1)
+    assert not same(before, state(learn))
+
+def test_second_fit(monkeypatch):
+    "Keeps the memory; other data or another model gets a new one"
+    calls,learn = counted(monkeypatch),methods.learner('deepcluster')
+    quiet(learn, 1); memory = learn.deep_cluster.memory
+    quiet(learn, 1)
+    assert len(calls)==1 and learn.deep_cluster.memory is memory
+    learn.dls = tensor_dls(methods.images(33), methods.images(12), bs=8)
+    quiet(learn, 1)
+    assert len(calls)==2 and learn.deep_cluster.memory.shape==(2,33,8) and learn.deep_cluster.labels.shape==(3,33)
+    learn.model,learn.opt = methods.model('deepcluster', projection_size=6),None
+    quiet(learn, 1)
+    assert len(calls)==3 and learn.deep_cluster.memory.shape==(2,33,6)
+    learn.deep_cluster.crop_assgn_ids = [3]
+    quiet(learn, 1)
+    assert len(calls)==4 and learn.deep_cluster.memory.shape==(1,33,6)
+
+
+# Exact resume
+
+def run(folder, name, steps, epochs, seed=42, nth=None):
+    learn = make(folder, name, seed=seed, steps=steps)
+    learn.checkpoint.epochs = epochs
+    if nth: learn.add_cb(Die('after_backward', nth))
+    return learn
+
+@both
+@pytest.mark.parametrize('steps,epochs,nth', [(3,None,8), (5,None,7), (None,1,8)], ids=['mid-epoch','last-batch','epoch'])
+def test_resume(tmp_path, name, steps, epochs, nth):
+    "Three epochs of five batches; what was saved in a step or between epochs is the whole state"
+    fit(whole := run(tmp_path/'whole', name, steps, epochs))
+    with pytest.raises(KeyboardInterrupt): fit(run(tmp_path/'dying', name, steps, epochs, nth=nth))
+    learn = run(tmp_path/'dying', name, steps, epochs, seed=7)
+    learn.resume(); fit(learn)
+    assert same(outcome(whole), outcome(learn)) and same(state(whole), state(learn))
+
+def two(folder, name):
+    learn = make(folder/'run', name, steps=2)
+    learn.add_cb(Die('after_backward', 4)) # of 3 steps an epoch
+    with learn.distrib_ctx():
+        with pytest.raises(KeyboardInterrupt): fit(learn)
+    return rank()
+def two_deepcluster(folder): return two(folder, 'deepcluster')
+def two_sela(folder):        return two(folder, 'sela')
+
+@both
+def test_resume_on_another_number_of_processes(tmp_path, name):
+    "Saved in the first epoch by two, read by one: it goes on with the memory, labels and prototypes of all images"
+    on_ranks(dict(deepcluster=two_deepcluster, sela=two_sela)[name], tmp_path, 2)
+    learn = make(tmp_path/'run', name, seed=7, steps=None)
+    saved = read_whole(learn.checkpoint.files[-1])
+    (nm,cb), = [(k,o) for k,o in saved['cbs'].items() if 'memory' in o]
+    assert (saved['epoch'], saved['batch'])==(0, 2) and cb['memory'].shape==(2,40,8) and cb['labels'].shape==(3,40) and '_kept' not in cb
+    seen = []
+    class Look(Callback):
+        order = 50
+        def before_batch(self): seen.append(snapshot(self.learn))
+    learn.add_cb(Look())
+    with pytest.raises(ValueError, match='processes: 2 → 1'): learn.resume(); fit(learn)
+    allow = re.findall(r"'([\w.]+)'", str(pytest.raises(ValueError, lambda: (learn.resume(), fit(learn))).value).rpartition('override=')[2])
+    learn.resume(override=allow); fit(learn)
+    want = dict(memory=cb['memory'], labels=cb['labels'], **{k:v for k,v in saved['model'].items()})
+    assert 'processes' in allow and same({k:seen[0][k] for k in want}, want)
+    assert learn.recorder.losses[-1].isfinite()
+
+
+# Does it work?
+
+@both
+def test_recovers_known_clusters(name):
+    "Six clusters of noisy patterns: labels find them"
+    g = torch.Generator().manual_seed(0)
+    protos,y = torch.rand(6,1,8,8, generator=g),torch.arange(300)%6
+    x = (protos[y]+.1*torch.randn(300,1,8,8, generator=g)).clamp(0,1)
+    noisy = lambda: Pipeline([lambda x: x+.1*torch.randn_like(x)], split_idx=0)
+    cls,create = dict(deepcluster=(DeepCluster, create_deepcluster_model), sela=(SeLa, create_sela_model))[name]
+    model = create(nn.Sequential(nn.Flatten(), nn.Linear(64,32)), 32, 16, n_protos=8 if name=='deepcluster' else 6, n_features=32, n_heads=2)
+    learn = Learner(tensor_dls(x, bs=60), model, lr=3e-3, cbs=cls([noisy(), noisy()]))
+    quiet(learn, 30)
+    for o in learn.cbs[-1].labels if hasattr(learn.cbs[-1], 'labels') else next(o for o in learn.cbs if isinstance(o, SSLCallback)).labels:
+        assert normalized_mutual_info_score(y, o) > .85
+
+@both
+def test_monitor_and_knn(name):
+    "Columns of both, and remedies that this method has"
+    learn = methods.learner(name, cbs=[CollapseMonitor(every=2, warmup=0), OnlineKNN(labelled(), k=3)])
+    quiet(learn, 2)
+    names = list(learn.recorder.metric_names)
+    m = learn.collapse_monitor
+    assert {'loss-chance','protos','std','rank','knn'} <= set(names) or pytest.fail(str(names))
+    assert all(math.isfinite(v) for k in ('loss-chance','protos','std','rank','mean_entropy','code_entropy') for v in m.history[k])
+    m.history['std'].append(0.)
+
+class Constant(nn.Module):
+    def __init__(self): super().__init__(); self.w = nn.Parameter(torch.ones(1,8))
+    def forward(self, x): return self.w.expand(len(x), -1)
+
+@both
+def test_constant_encoder_warns(name):
+    learn = methods.learner(name, m=methods.model(name, enc=Constant(), bn=False, n_features=8), cbs=[CollapseMonitor(every=1, patience=2, warmup=0)])
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('always')
+        quiet(learn, 2)
+    said = [str(o.message) for o in w if 'looks like a collapse' in str(o.message)]
+    assert len(said)==1 and 'embedding std 0' in said[0]
+    cls = methods.methods[name].callback
+    for arg in re.findall(rf'{cls.__name__}\((\w+)=', said[0]): assert arg in methods.taken(cls, **{arg:0})
+    for arg in re.findall(rf'{methods.methods[name].create_model.__name__}\((\w+)=', said[0]): assert arg in ('n_protos','bn')
+    assert 'K=' not in said[0] and 'queue' not in said[0] and 'a batch of' not in said[0] and 'hard_codes' not in said[0]
+    assert ('eps=' in said[0])==(name=='sela')
+
+
+# What it says
+
+@pytest.mark.parametrize('kwargs,msg', [
+    (dict(aug_pipelines=views_2[:1]), 'aug_pipelines has only one view: give two or more'), (dict(crop_assgn_ids=[0,2]), r'crop_assgn_ids=\[0, 2\].*0 to 1'),
+    (dict(temp=0), 'temp=0 must be positive: 0.1 is usual'), (dict(n_kmeans_iter=0), 'n_kmeans_iter=0 and assign_every=1 must be 1 or more: 10 and 1 are usual'),
+    (dict(assign_every=0), 'n_kmeans_iter=10 and assign_every=0 must be 1 or more')])
+def test_wrong_arguments(kwargs, msg):
+    with pytest.raises(ValueError, match=msg): DeepCluster(**{'aug_pipelines':views_2, **kwargs})
+
+def test_faiss_is_missing(monkeypatch):
+    monkeypatch.setattr(deepcluster, 'find_spec', lambda name: None)
+    DeepCluster(views_2)
+    with pytest.raises(ValueError, match=r"faiss=True needs FAISS: pip install 'self_supervised\[faiss\]', or leave it out"): DeepCluster(views_2, faiss=True)
+
+class Stopped(Exception): pass
+class Stop(Callback):
+    order = 50
+    def before_train(self): raise Stopped
+
+@pytest.mark.parametrize('model,msg', [
+    (lambda: nn.Linear(1,1), r'the model \(Linear\) has no `heads` of fixed prototypes: make it with create_deepcluster_model\(encoder\)'),
+    (lambda: bn_free(create_sela_model), r'the model \(DeepClusterModel\) has no `heads` of fixed prototypes'),
+    (lambda: bn_free(n_protos=23), '23 clusters of 22 images: create the model with n_protos=2 or fewer')])
+def test_wrong_models(model, msg):
+    with pytest.raises(ValueError, match=msg): quiet(Learner(tensor_dls(images(), bs=6), model(), cbs=[DeepCluster(views_2), Stop()]), 1)
+
+def test_as_many_clusters_as_images():
+    quiet(Learner(tensor_dls(images(), bs=6), bn_free(n_protos=22), cbs=DeepCluster(views_2)), 1)
+
+def test_wrong_loaders():
+    "Before any work"
+    def fit(dl): quiet(Learner(DataLoaders(dl, dl), bn_free(), loss_func=no_loss, cbs=[DeepCluster(views_2), Stop()]), 1)
+    with pytest.raises(TypeError, match='give the same dataset to fastai.data.load.DataLoader'): fit(torch.utils.data.DataLoader(images(), 6))
+    with pytest.raises(ValueError, match='have no numbers'): fit(DataLoader(iter(images()), bs=6))

@@ -1,0 +1,162 @@
+"Which images a batch holds, for loaders of all kinds and after a resume; and a memory that is what a loop over the dataset gives"
+from functools import partial
+
+import pytest, torch
+from fastai.callback.data import PartialDL, WeightedDL
+from fastai.data.all import CategoryBlock, DataBlock, Datasets, TfmdDL, ToTensor, Transform
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader, SkipItemException
+from fastai.distributed import DistributedDL
+from fastai.learner import Learner
+from fastai.torch_core import set_seed
+from fastai.vision.all import ImageBlock, PILImageBW, RandTransform
+from fasttransform import Pipeline
+from PIL import Image
+from torch import nn
+
+from self_supervised.augmentations import unit_float
+from self_supervised.checkpoint import _batches_after, _can_skip, _rngs
+from self_supervised.data import image_dls, no_loss, tensor_dls
+from self_supervised.memory import check_countable, fill_memory, image_ids, refresh_memory
+from self_supervised.multicrop import multicrop
+from self_supervised.vision.deepcluster import DeepCluster, create_deepcluster_model
+
+from methods import quiet
+from test_swav import corner, images
+
+n = 21
+def pixels(): return torch.arange(n).view(n,1,1,1).expand(n,1,4,4)/100 # of image i: i/100
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    path = tmp_path_factory.mktemp('grey')
+    for i in range(n): Image.new('L', (4,4), 10*i).save(path/f'{i:02}.png')
+    return path
+
+class Flicker(RandTransform):
+    "By chance, and so that nobody can leave a batch out in the workers"
+    def encodes(self, o:torch.Tensor): return o+torch.rand(1)*.001
+
+items = partial(torch.Tensor.unbind, pixels())
+def tensors(drop, **kwargs): return tensor_dls(pixels(), bs=4, drop_last=drop, **kwargs).train
+def lists(drop, bs=4, **kwargs): return TfmdDL([(o,) for o in items()], bs=bs, shuffle=True, drop_last=drop, **kwargs)
+def weighted(drop):          return WeightedDL(Datasets(range(n), [[items().__getitem__]]), bs=4, shuffle=True, drop_last=drop, wgts=range(n))
+def partly(drop):            return PartialDL(Datasets(range(n), [[items().__getitem__]]), bs=4, shuffle=True, drop_last=drop, partial_n=10)
+def of_files(drop, files, **kwargs): return image_dls(files, size=4, n_in=1, bs=4, drop_last=drop, valid_pct=.2, **kwargs).train
+def block(drop, files, **kwargs):
+    return DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_items=lambda p: sorted(p.iterdir()), get_y=lambda p: int(p.stem)%2).dataloaders(
+        files, bs=4, drop_last=drop, num_workers=0, **kwargs).train
+def dealt(dl, r, ranks):
+    "The part of process `r`, as in a distributed fit"
+    dl = DistributedDL(dl, r, ranks)
+    dl._broadcast = lambda t,rank: t
+    return dl
+
+loaders = dict(tensors=lambda d,f: tensors(d), ordered=lambda d,f: tensors(d).new(shuffle=False), lists=lambda d,f: lists(d), plain=lambda d,f: DataLoader(items(), bs=4, shuffle=True, drop_last=d),
+               workers=lambda d,f: lists(d, num_workers=2), weighted=lambda d,f: weighted(d), partly=lambda d,f: partly(d), files=lambda d,f: of_files(d, f), file_workers=lambda d,f: of_files(d, f, num_workers=2),
+               block=lambda d,f: block(d, f), dealt=lambda d,f: dealt(tensors(d), 1, 2), dealt_3=lambda d,f: dealt(of_files(d, f), 2, 3), dealt_workers=lambda d,f: dealt(lists(d, num_workers=2), 0, 2))
+
+def image(b): return (b[0] if isinstance(b, tuple) else b).as_subclass(torch.Tensor).float()
+def item(dl, i):
+    o = (dl.dl if isinstance(dl, DistributedDL) else dl).dataset[i]
+    o = o[0] if isinstance(o, tuple) else o
+    return (o if isinstance(o, torch.Tensor) else ToTensor()(o)).as_subclass(torch.Tensor).float()
+
+def checked(dl, b):
+    "Numbers of the images of `b`; the dataset has the same images there"
+    x   = image(b)
+    ids = image_ids(dl, len(x))
+    assert ids.dtype==torch.int64 and len(ids)==len(x)
+    want = torch.stack([item(dl, i) for i in ids.tolist()])
+    torch.testing.assert_close(x*(255 if x.max()<=1<want.max() else 1), want) # loaders of a `DataBlock` make floats
+    return ids.tolist()
+
+@pytest.mark.parametrize('drop', [True, False])
+@pytest.mark.parametrize('kind', loaders)
+def test_ids(kind, drop, files):
+    "Of every batch; in two epochs, after one that was broken off, and when somebody looks at a batch in between"
+    check_countable(dl := loaders[kind](drop, files))
+    epochs = [[i for b in dl for i in checked(dl, b)] for _ in range(2)]
+    for b in dl: checked(dl, b); break
+    epochs.append([])
+    for i,b in enumerate(dl):
+        if i==1: dl.one_batch()
+        else: epochs[-1] += checked(dl, b)
+    if not kind.startswith(('weighted','partly','dealt')): assert all(len(o)==len(set(o)) for o in epochs)
+    assert (epochs[0]==epochs[1])==(kind=='ordered')
+
+@pytest.mark.parametrize('kind,skip', [('tensors',True), ('file_workers',True), ('dealt',True), ('workers',False), ('flicker',False)])
+def test_ids_after_resume(kind, skip, files):
+    "A loader that leaves the first batches out, and one that cannot: batches and numbers are those of the epoch that was not broken off"
+    make = partial(loaders[kind], False, files) if kind in loaders else lambda: lists(False, num_workers=2, after_item=[Flicker()])
+    dl,want = make(),[]
+    if not isinstance(dl, DistributedDL): dl.rng.seed(1)
+    assert _can_skip(dl)==skip
+    set_seed(1)
+    begin = _rngs([dl])
+    for i,b in enumerate(dl):
+        want.append((image(b), image_ids(dl, len(image(b)))))
+        if i==1: now = _rngs([dl])
+    set_seed(7)
+    got = [(image(b), image_ids(dl, len(image(b)))) for b in _batches_after(dl, [dl], 2, begin, now)]
+    assert len(want)>2 and len(got)==len(want)-2
+    for (x,ids),(y,other) in zip(want[2:], got):
+        torch.testing.assert_close(x, y, atol=.0011, rtol=0); assert torch.equal(ids, other)
+    for b in dl: image_ids(dl, len(image(b))) # and again from the start
+    assert len(image_ids(dl, 4))==len(want[-1][1])
+
+def test_what_cannot_be_counted():
+    torch_dl = torch.utils.data.DataLoader(pixels(), 4)
+    with pytest.raises(TypeError, match=r'dls.train is a torch.utils.data.dataloader.DataLoader, .*give the same dataset to fastai.data.load.DataLoader'): check_countable(torch_dl)
+    for dl in (DataLoader(iter(items()), bs=4), DataLoader(items(), bs=None), DataLoader(items(), bs=4, indexed=False)):
+        with pytest.raises(ValueError, match='have no numbers .*needs a dataset with a length and an index, and a batch size'): check_countable(dl)
+    with pytest.raises(ValueError, match='have no numbers'): check_countable(DistributedDL(TfmdDL(iter(items()), bs=4), 0, 2))
+
+
+# The memory
+
+def learner(x, bs, bn=False, dls=None, views=(corner(0,8), corner(2,8), corner(1,5)), ids=(0,1)):
+    enc = nn.Sequential(nn.Conv2d(1,6,3), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    model = create_deepcluster_model(enc, 8, 5, n_protos=1, bn=bn, n_heads=1)
+    return Learner(tensor_dls(x, bs=bs, drop_last=False) if dls is None else dls, model, loss_func=no_loss, cbs=DeepCluster(list(views), ids))
+
+@pytest.mark.parametrize('N,bs', [(22,6), (25,6), (4,6), (1,6), (5,1)])
+def test_fill_equals_loop(N, bs):
+    "In the order of the dataset, with a short last batch, a single image in it, one short batch only"
+    learn,x = learner(images(N), bs),images(N)
+    m,cb = learn.model,learn.deep_cluster
+    before = learn.dls.train.n, learn.dls.train.shuffle
+    got = fill_memory(cb, [2,0])
+    want = [[nn.functional.normalize(m.projector(multicrop(m.encoder, [cb.aug_pipelines[v](x[i:i+1])])), dim=1)[0] for i in range(N)] for v in (2,0)]
+    torch.testing.assert_close(got, torch.stack([torch.stack(o) for o in want]).detach())
+    assert got.is_contiguous() and not got.requires_grad and (learn.dls.train.n, learn.dls.train.shuffle)==before
+
+@pytest.mark.parametrize('N', [13, 7, 1])
+def test_batch_norm_never_meets_one_image(N):
+    learn = learner(images(N), 6, bn=True)
+    learn.model.train()
+    assert fill_memory(learn.deep_cluster, [0,1]).shape==(2,N,5)
+
+@pytest.mark.parametrize('kind', ['weighted', 'partly', 'lists', 'workers', 'file_workers'])
+def test_fill_through_other_loaders(kind, files):
+    "A loader that shuffles, draws with weights or leaves out: the memory is that of all images, in their order"
+    dls = DataLoaders(loaders[kind](True, files), [])
+    learn = learner(None, None, dls=dls, views=(corner(0,4), corner(0,3)))
+    x = torch.stack([item(dls.train, i) for i in range(dls.train.n)])
+    if kind=='file_workers': x,learn.deep_cluster.aug_pipelines = x/255,[Pipeline([unit_float, *p.fs], split_idx=0) for p in learn.deep_cluster.aug_pipelines]
+    want = learn.model([p(x) for p in learn.deep_cluster.aug_pipelines])[0].detach().unflatten(0, (2,-1))
+    torch.testing.assert_close(fill_memory(learn.deep_cluster, [0,1]), want)
+
+def test_images_that_are_left_out():
+    class Skips(Transform):
+        def encodes(self, o:torch.Tensor):
+            if o.mean()>.105: raise SkipItemException()
+            return o
+    learn = learner(None, None, dls=DataLoaders(lists(False, bs=6, after_item=[Skips()]), []), views=(corner(0,4), corner(0,3)))
+    with pytest.raises(ValueError, match='11 of 21 images came .*leave those that cannot be read out of the dataset'): quiet(learn, 1)
+
+def test_refresh():
+    memory = torch.zeros(2,5,3)
+    z = torch.arange(12.).view(2,2,3)+1
+    refresh_memory(memory, torch.tensor([3,1]), z.double())
+    assert torch.equal(memory[:,[3,1]], z) and not memory[:,[0,2,4]].any() and memory.dtype==torch.float32
