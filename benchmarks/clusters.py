@@ -1,19 +1,19 @@
-"""The two ways to label all images of ImageNet at once, by k-means and by balance. About half an hour; `--n 20000` is a try.
+"""The two ways to label all images of ImageNet at once: k-means, and balance. About a quarter of an hour; `--n 20000` is a try.
 
-Everything in float32 on the CPU, on projections that are ready. Bunches: 1,000 groups around random directions, their sizes as 1, 1/2, 1/3, …,
-prototypes from three rounds of k-means on a tenth of them. Noise: projections and prototypes without any structure.
+Everything in float32 on the CPU, on projections that are ready, with K = 3000 and D = 128. Bunches: 1,000 groups around random directions, their
+sizes as 1, 1/2, 1/3, …, prototypes from three rounds of k-means on a tenth of them. Noise: projections and prototypes without any structure.
 
-- k-means: two searches and one update, that is `spherical_kmeans(n_iters=1)`. FAISS is the same with `faiss=True`, `faiss.Kmeans` is FAISS's own
-  k-means, set to use all images. The limit is the two matrix products alone, block by block.
-- Sinkhorn: `sinkhorn_labels(n_iters=1)`, which passes over all images three times; a further round is one more. The limit is the three products.
-  Dense keeps the exponentials of all scores, so that a round is two products with a vector; at full size they are 14.4 GB, so it is run on a tenth.
-  It works as long as 1/eps is far from overflow.
-- rounds: until no prototype's mass is further from its share than a tenth, or `tol`, a hundredth; 200 at most. The residual is the distance at the end.
-- s: median of runs that take turns, `/ ours`: median ratio of neighbours. CPU load: other processes of this machine, in cores, during the table.
-- MiB: highest memory above the inputs, result included, each part in a process of its own, with one thread.
+- k-means: `spherical_kmeans`; a round is one search and one update, and one more search ends it. FAISS is the same with `faiss=True`, `faiss.Kmeans`
+  is FAISS's own k-means, told to use all images. The limit is the matrix products of the searches alone, block by block.
+- Sinkhorn: `sinkhorn_labels`; a round is one pass over all images, and two more passes begin and end it. The limit is the products of the passes.
+  Dense keeps the exponentials of all scores, which for all images are 14.4 GB, so that a round is two products with a vector; it is run on a tenth.
+- all images: one call of each, with one thread, in a process of its own for each table. MiB: highest memory above the inputs, result included.
+- in turns: s is the median, `/ ours` the median ratio of neighbours.
+- rounds of Sinkhorn: until no prototype's mass is further from its share than a tenth, or than a hundredth; the residual is that distance after the
+  last round, of a hundred at most. Labels: images of the rarest and of the commonest label, as a part of the share.
+- load: cores that other processes of the machine used meanwhile. 0 would be an idle machine; beside others two threads gain little or lose.
 """
-import json, os, time
-from contextlib import contextmanager
+import json, time
 from unittest.mock import patch
 
 import faiss, psutil, torch
@@ -24,7 +24,7 @@ from measure import alone, paired, peak_memory, save, seconds
 from self_supervised import sinkhorn
 from self_supervised.vision.deepcluster import spherical_kmeans
 
-K,dim,tol = 3000,128,.01
+K,dim = 3000,128
 
 def unit(n): return F.normalize(torch.randn(n, dim), dim=1)
 
@@ -36,34 +36,33 @@ def bunches(n, groups=1000):
     some = z[:max(n//10, K)]
     return z,spherical_kmeans(some, some[:K], 3)[0]
 
-# Each part: {name: a call without arguments} for n images, ours first
-
 def products(z, c, times):
-    "What any search of this kind has to do, and nothing else"
     rows = 2**20//K
     res  = z.new_empty(rows, K)
     for _ in range(times):
         for o in z.split(rows): torch.mm(o, c.T, out=res[:len(o)])
 
-def kmeans(n):
+# Each part: {name: a call without arguments} for n images, ours first
+
+def kmeans(n, rounds):
     z,_ = bunches(n)
     def peer():
-        km = faiss.Kmeans(dim, K, niter=1, spherical=True, min_points_per_centroid=1, max_points_per_centroid=n)
+        km = faiss.Kmeans(dim, K, niter=rounds, spherical=True, min_points_per_centroid=1, max_points_per_centroid=n)
         km.train(z.numpy(), init_centroids=z[:K].numpy())
         return torch.from_numpy(km.assign(z.numpy())[1])
-    return {'ours':         lambda: spherical_kmeans(z, z[:K], 1)[1],
-            'FAISS':        lambda: spherical_kmeans(z, z[:K], 1, faiss=True)[1],
+    return {'ours':         lambda: spherical_kmeans(z, z[:K], rounds)[1],
+            'FAISS':        lambda: spherical_kmeans(z, z[:K], rounds, faiss=True)[1],
             'faiss.Kmeans': peer,
-            'limit':        lambda: products(z, z[:K], 2)}
+            'limit':        lambda: products(z, z[:K], rounds+1)}
 
-def balance(n, eps=.05):
+def balance(n, rounds, eps=.05):
     z,c = bunches(n)
     def dense():
         e = (z@c.T).div_(eps).exp_()
         w = 1/e.sum(0)
-        for _ in range(2): w = w/((1/(e@w))@e)
+        for _ in range(rounds): w = 1/((1/(e@w))@e)
         return e.mul_(w).max(1).indices
-    forms = {'ours': lambda: sinkhorn.sinkhorn_labels(z, c, eps, 0, 2)[0], 'limit': lambda: products(z, c, 4)}
+    forms = {'ours': lambda: sinkhorn.sinkhorn_labels(z, c, eps, 0, rounds)[0], 'limit': lambda: products(z, c, rounds+2)}
     return forms if n*K>2**30 else forms | {'dense': dense}
 
 parts = {'k-means':kmeans, 'Sinkhorn':balance}
@@ -72,10 +71,62 @@ def agree(forms):
     ours,*others = (f() for nm,f in forms.items() if nm!='limit')
     for o in others: assert (ours==o).float().mean()>.999
 
-@contextmanager
-def others(row):
-    "Adds the cores that other processes used meanwhile to `row`"
-    def cpu(): return sum(psutil.cpu_times()[:3])-sum(psutil.Process().cpu_times()[:2])
-    c,t = cpu(),time.perf_counter()
-    yield
-    row['CPU load'] = (cpu()-c)/(time.perf_counter()-t)
+def set_threads(n):
+    torch.set_num_threads(n)
+    faiss.omp_set_num_threads(n)
+
+def loaded(f):
+    "What `f` gives, and the cores that other processes used meanwhile"
+    def now(): return time.perf_counter(),sum(psutil.cpu_times()[:3])-sum(psutil.Process().cpu_times()[:2])
+    t,c = now()
+    res = f()
+    t2,c2 = now()
+    return res,{'load': (c2-c)/(t2-t)}
+
+def once(forms):
+    "A row for each form"
+    for nm,f in forms.items():
+        s = []
+        mem,load = loaded(lambda: peak_memory(lambda: s.append(seconds(f))))
+        yield {'form':nm, 's':s[0], 'MiB':mem/2**20} | load
+
+def turns(part, n, rounds, threads):
+    set_threads(threads)
+    (t,r),load = loaded(lambda: paired(parts[part](n, rounds), 3))
+    return dict(images=n, rounds=rounds, threads=threads) | {'ours, s': t.pop('ours')} | {f'{nm} / ours': r[nm] for nm in t} | load
+
+def convergence(data, n, eps, tol=.01, at_most=100):
+    "How many rounds of Sinkhorn it takes"
+    off,mass = [],sinkhorn._mass
+    def spied(blocks):
+        res = mass(blocks)
+        off.append((res/res.mean()-1).abs().max().item())
+        return res
+    with patch.object(sinkhorn, '_mass', spied): labels,_ = sinkhorn.sinkhorn_labels(*data(n), eps, tol, at_most)
+    def until(tol): return next((i for i,o in enumerate(off, 1) if o<=tol), f'> {len(off)}')
+    counts = labels.bincount(minlength=K)*K/n
+    return {'data':data.__name__, 'images':n, 'eps':eps, 'rounds to 0.1':until(.1), 'rounds to 0.01':until(tol), 'residual':off[-1],
+            'rarest label':counts.min().item(), 'commonest label':counts.max().item()}
+
+@call_parse
+def main(
+    n:int=1_200_000, # images, as many as ImageNet has
+    part:str='', # used by the benchmark itself: the part that this process runs alone
+    rounds:int=1, # and its rounds
+):
+    "Measure and write the tables to results/"
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    set_threads(1)
+    if part:
+        agree(parts[part](2*K, rounds)) # and what a first call loads
+        print(json.dumps(list(once(parts[part](n, rounds)))))
+        return
+    few,tables = n//10,{}
+    for nm in parts: tables[f'{nm}, all {n:,} images'] = alone(__file__, '--part', nm, '--n', n)
+    tables[f'Sinkhorn, {few:,} images']    = alone(__file__, '--part', 'Sinkhorn', '--n', few, '--rounds', 10)
+    tables['k-means, in turns']  = [turns('k-means', n//4, 1, t) for t in sorted({1, threads})]
+    tables['Sinkhorn, in turns'] = [turns('Sinkhorn', few, 10, t) for t in sorted({1, threads})]
+    set_threads(1)
+    tables['rounds of Sinkhorn'] = [convergence(d, m, eps) for d in (noise, bunches) for m,eps in ((2*few,.05), (few,.05), (few,.02), (few,.01))]
+    save('clusters', __doc__.partition('\n\n')[2].strip(), tables, ['faiss-cpu'])

@@ -738,6 +738,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                      'self_supervised/vision/deepcluster.py'),
                                                     'self_supervised.vision.deepcluster.DeepCluster.before_fit': ( 'vision.deepcluster.html#deepcluster.before_fit',
                                                                                                                    'self_supervised/vision/deepcluster.py'),
+                                                    'self_supervised.vision.deepcluster.DeepCluster.last_codes': ( 'vision.deepcluster.html#deepcluster.last_codes',
+                                                                                                                   'self_supervised/vision/deepcluster.py'),
                                                     'self_supervised.vision.deepcluster.DeepCluster.lf': ( 'vision.deepcluster.html#deepcluster.lf',
                                                                                                            'self_supervised/vision/deepcluster.py'),
                                                     'self_supervised.vision.deepcluster.DeepCluster.nearest': ( 'vision.deepcluster.html#deepcluster.nearest',

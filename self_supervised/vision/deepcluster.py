@@ -8,6 +8,7 @@ __all__ = ['get_deepcluster_aug_pipelines', 'DeepClusterModel', 'create_deepclus
 
 # %% ../../nbs/12_vision.deepcluster.ipynb #b0b51895
 import math
+from copy import deepcopy
 from importlib.util import find_spec
 
 import torch
@@ -140,7 +141,7 @@ class DeepCluster(SSLCallback):
         if n_kmeans_iter<1 or assign_every<1: raise ValueError(f'n_kmeans_iter={n_kmeans_iter} and assign_every={assign_every} must be 1 or more: 10 and 1 are usual')
         if faiss and not find_spec('faiss'): raise ValueError("faiss=True needs FAISS: pip install 'self_supervised[faiss]', or leave it out")
         self.temp,self.n_kmeans_iter,self.assign_every,self.faiss = temp,n_kmeans_iter,assign_every,faiss
-        self.memory = self.labels = None # (A,N,D) and (H,N)
+        self.memory = self.labels = self.last_labels = None # (A,N,D), (H,N), and (H,B) of the last batch
 
     def before_fit(self):
         "Check model and data, and keep a memory that fits"
@@ -152,7 +153,15 @@ class DeepCluster(SSLCallback):
         if K>n: raise ValueError(f'{K} clusters of {n} images: create the model with n_protos={max(n//10, 2)} or fewer')
         self.chance = math.log(K)
         if self.memory is not None and self.memory.shape!=(len(self.crop_assgn_ids),n,D): self.memory = self.labels = None
-        if self._rng and self.memory is not None: self._kept,self.memory = self.memory,self.memory.clone()
+        if self._rng: self._kept = deepcopy((self.memory,self.labels))
+
+    @property
+    def last_codes(self) -> Tensor: # (H,B,K), or None
+        "The labels of the last batch as codes, made for those who ask"
+        return None if self.last_labels is None else F.one_hot(self.last_labels, self.ssl_model.heads.shape[1]).float()
+
+    @last_codes.setter
+    def last_codes(self, _): self.last_labels = None
 
     def _check_model(self, m):
         if not hasattr(m, 'heads') or m.prototypes.weight.requires_grad: raise ValueError(
@@ -211,13 +220,13 @@ def lf(self:DeepCluster,
         labels = self.labels[:,ids]
         refresh_memory(self.memory, ids, z.detach()[self.crop_assgn_ids], self.even)
     else: labels = self.nearest(scores)
-    self.last_codes = F.one_hot(labels, scores.shape[3]).to(z.dtype)
+    self.last_labels = labels
     return all_mean(deepcluster_loss(scores, labels, self.temp), n)
 
 @patch
 def after_fit(self:DeepCluster):
     "`lr_find` leaves no trace"
-    if self._rng: self.memory,self.labels = vars(self).pop('_kept', None),None
+    if self._rng: self.memory,self.labels = vars(self).pop('_kept')
     SSLCallback.after_fit(self)
 
 # %% ../../nbs/12_vision.deepcluster.ipynb #9a946f00
