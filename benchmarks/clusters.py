@@ -6,9 +6,9 @@ sizes as 1, 1/2, 1/3, …, prototypes from three rounds of k-means on a tenth of
 - k-means: `spherical_kmeans`; a round is one search and one update, and one more search ends it. FAISS is the same with `faiss=True`, `faiss.Kmeans`
   is FAISS's own k-means, told to use all images. The limit is the matrix products of the searches alone, block by block.
 - Sinkhorn: `sinkhorn_labels`; a round is one pass over all images, and two more passes begin and end it. The limit is the products of the passes.
-  Dense keeps the exponentials of all scores, which for all images are 14.4 GB, so that a round is two products with a vector; it is run on a tenth.
-- all images: one call of each, with one thread, in a process of its own for each table. MiB: highest memory above the inputs, result included.
-- in turns: s is the median, `/ ours` the median ratio of neighbours.
+  Dense keeps the exponentials of all scores, which for all images are 14.4 GB, so that a round is two products with a vector; it is run on few.
+- s: median of runs that take turns, two for all images and three else; `/ ours`: median ratio of neighbours.
+- MiB: highest memory above the inputs, result included, each part and size in a process of its own, with one thread.
 - rounds of Sinkhorn: until no prototype's mass is further from its share than a tenth, or than a hundredth; the residual is that distance after the
   last round, of a hundred at most. Labels: images of the rarest and of the commonest label, as a part of the share.
 - load: cores that other processes of the machine used meanwhile. 0 would be an idle machine; beside others two threads gain little or lose.
@@ -20,7 +20,7 @@ import faiss, psutil, torch
 from fastcore.script import call_parse
 from torch.nn import functional as F
 
-from measure import alone, paired, peak_memory, save, seconds
+from measure import alone, paired, peak_memory, save
 from self_supervised import sinkhorn
 from self_supervised.vision.deepcluster import spherical_kmeans
 
@@ -60,12 +60,13 @@ def balance(n, rounds, eps=.05):
     def dense():
         e = (z@c.T).div_(eps).exp_()
         w = 1/e.sum(0)
-        for _ in range(rounds): w = 1/((1/(e@w))@e)
+        for _ in range(rounds-1): w = 1/((1/(e@w))@e)
         return e.mul_(w).max(1).indices
     forms = {'ours': lambda: sinkhorn.sinkhorn_labels(z, c, eps, 0, rounds)[0], 'limit': lambda: products(z, c, rounds+2)}
     return forms if n*K>2**30 else forms | {'dense': dense}
 
-parts = {'k-means':kmeans, 'Sinkhorn':balance}
+parts   = {'k-means':kmeans, 'Sinkhorn':balance}
+columns = {'k-means':('FAISS','faiss.Kmeans','limit'), 'Sinkhorn':('dense','limit')}
 
 def agree(forms):
     ours,*others = (f() for nm,f in forms.items() if nm!='limit')
@@ -83,17 +84,14 @@ def loaded(f):
     t2,c2 = now()
     return res,{'load': (c2-c)/(t2-t)}
 
-def once(forms):
-    "A row for each form"
-    for nm,f in forms.items():
-        s = []
-        mem,load = loaded(lambda: peak_memory(lambda: s.append(seconds(f))))
-        yield {'form':nm, 's':s[0], 'MiB':mem/2**20} | load
-
-def turns(part, n, rounds, threads):
+def times(part, n, rounds, threads, turns=3):
     set_threads(threads)
-    (t,r),load = loaded(lambda: paired(parts[part](n, rounds), 3))
-    return dict(images=n, rounds=rounds, threads=threads) | {'ours, s': t.pop('ours')} | {f'{nm} / ours': r[nm] for nm in t} | load
+    (t,r),load = loaded(lambda: paired(parts[part](n, rounds), turns))
+    return dict(images=n, rounds=rounds, threads=threads) | {'ours, s': t.pop('ours')} | {f'{nm} / ours': r.get(nm, '–') for nm in columns[part]} | load
+
+def peaks(part, n, rounds):
+    mem = alone(__file__, '--part', part, '--n', n, '--rounds', rounds)
+    return dict(images=n, rounds=rounds) | {f'{nm}, MiB': mem[nm]/2**20 if nm in mem else '–' for nm in ('ours', *columns[part])}
 
 def convergence(data, n, eps, tol=.01, at_most=100):
     "How many rounds of Sinkhorn it takes"
@@ -120,13 +118,13 @@ def main(
     set_threads(1)
     if part:
         agree(parts[part](2*K, rounds)) # and what a first call loads
-        print(json.dumps(list(once(parts[part](n, rounds)))))
+        print(json.dumps({nm: peak_memory(f) for nm,f in parts[part](n, rounds).items()}))
         return
-    few,tables = n//10,{}
-    for nm in parts: tables[f'{nm}, all {n:,} images'] = alone(__file__, '--part', nm, '--n', n)
-    tables[f'Sinkhorn, {few:,} images']    = alone(__file__, '--part', 'Sinkhorn', '--n', few, '--rounds', 10)
-    tables['k-means, in turns']  = [turns('k-means', n//4, 1, t) for t in sorted({1, threads})]
-    tables['Sinkhorn, in turns'] = [turns('Sinkhorn', few, 10, t) for t in sorted({1, threads})]
+    few,every = n//20,sorted({1, threads})
+    tables = {'k-means, memory':  [peaks('k-means', n, 1)],
+              'Sinkhorn, memory': [peaks('Sinkhorn', n, 1), peaks('Sinkhorn', few, 1)],
+              'k-means, time':    [times('k-means', n, 1, 1, 2), *(times('k-means', few, 1, t) for t in every)],
+              'Sinkhorn, time':   [times('Sinkhorn', n, 1, 1, 2), *(times('Sinkhorn', few, 10, t) for t in every)]}
     set_threads(1)
     tables['rounds of Sinkhorn'] = [convergence(d, m, eps) for d in (noise, bunches) for m,eps in ((2*few,.05), (few,.05), (few,.02), (few,.01))]
     save('clusters', __doc__.partition('\n\n')[2].strip(), tables, ['faiss-cpu'])

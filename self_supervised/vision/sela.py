@@ -50,16 +50,16 @@ class SeLa(DeepCluster):
         aug_pipelines:list, # view pipelines, as from `get_sela_aug_pipelines`
         crop_assgn_ids:list=(0,1), # which views are remembered, and assigned: the large crops, [0,1] for the first two
         temp:float=0.1, # temperature τ of the prediction (chosen: DeepCluster-v2's)
-        eps:float=0.05, # weight of the entropy in Sinkhorn-Knopp (chosen: SwAV's)
+        eps:float=0.01, # weight of the entropy in Sinkhorn-Knopp (chosen; see above)
         tol:float=0.01, # the rounds end when no prototype's mass is further from its share, as a part of it (chosen)
-        n_sinkh_iter:int=200, # rounds of Sinkhorn-Knopp at most (chosen)
+        n_sinkh_iter:int=1000, # rounds of Sinkhorn-Knopp at most (chosen)
         assign_every:int=1, # epochs from one assignment to the next (chosen: DeepCluster-v2's)
         freeze_prototypes_niters:int=None, # first training steps with fixed prototypes; None: 1% of the fit (chosen: SwAV's)
         print_augs:bool=False, # print the view pipelines
     ):
         super().__init__(aug_pipelines, crop_assgn_ids, temp, assign_every=assign_every, print_augs=print_augs)
-        if eps<=0 or tol<=0: raise ValueError(f'eps={eps} and tol={tol} must be positive: 0.05 and 0.01 are usual')
-        if n_sinkh_iter<1: raise ValueError(f'n_sinkh_iter={n_sinkh_iter} must be 1 or more: 200 is usual')
+        if eps<=0 or tol<=0: raise ValueError(f'eps={eps} and tol={tol} must be positive: 0.01 is usual for both')
+        if n_sinkh_iter<1: raise ValueError(f'n_sinkh_iter={n_sinkh_iter} must be 1 or more: 1000 is usual')
         self.eps,self.tol,self.n_sinkh_iter,self.freeze_prototypes_niters = eps,tol,n_sinkh_iter,freeze_prototypes_niters
         self.residuals = {} # head → how far the masses of the last assignment are from their share
 
@@ -76,7 +76,7 @@ class SeLa(DeepCluster):
         "The balanced assignment to the prototypes as they are"
         labels,off = sinkhorn_labels(mine, head, self.eps, self.tol, self.n_sinkh_iter)
         self.residuals[h] = float(off)
-        if off>self.tol: notice_once(f'after {self.n_sinkh_iter} rounds a prototype still has {off:.1%} more or less than its share of the images: '
+        if off>self.tol: notice_once(f'after {self.n_sinkh_iter} rounds a prototype is still further from its share of the images than tol={self.tol}: '
                                      f'raise n_sinkh_iter, tol, or eps (now {self.eps})')
         return labels
 
