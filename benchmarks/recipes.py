@@ -4,14 +4,14 @@
 images, and logistic regression on ten labels a class (the mean of five draws) and on all. Accuracy in %, mean ± standard deviation over seeds 0, 1, …;
 s: seconds of training with one thread, the median. The figures stand in the recipes' `about`.
 """
-import math, subprocess
+import json, math, re, subprocess
 from statistics import mean, median, stdev
 
 import torch
 from fastai.vision.all import set_seed
 from fastcore.script import call_parse
 
-from measure import save, seconds
+from measure import here, save, seconds
 from self_supervised.all import *
 
 def run(recipe, seed, data):
@@ -32,14 +32,16 @@ def row(nm, epochs, secs, accs):
 @call_parse
 def main(
     seeds:int=3, # runs of each
-    only:str='', # the recipe with this name alone
+    only:str='', # recipes with this regular expression in their name; the results of the others stay, under their commit
 ):
     "Run the recipes and write the table to results/"
     torch.set_num_threads(1)
     commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
-    names,rows = [o for o in recipes() if o.endswith('_small') and only in o],{}
+    names,rows = [o for o in recipes() if o.endswith('_small') and re.search(only, o)],{}
     for nm in names:
         r = get_recipe(nm)
         secs,before,after = zip(*(run(r, seed, fashion_mnist()) for seed in range(seeds)))
         rows |= {o['encoder']:o for o in (row(f'{r.arch}, untrained', 0, [0], before), row(nm, r.epochs, secs, after))}
-    save('recipes', __doc__.partition('\n\n')[2].strip(), {f'At commit {commit}':list(rows.values())})
+    old = json.loads((here/'results'/'recipes.json').read_text())['tables'] if only else {}
+    old = {h:left for h,rs in old.items() if (left := [o for o in rs if o['encoder'] not in rows])}
+    save('recipes', __doc__.partition('\n\n')[2].strip(), old | {f'At commit {commit}':list(rows.values())})
