@@ -198,7 +198,7 @@ def _first_head(m):
 def remedies(self:CollapseMonitor) -> list: # lines, the first to be tried first
     "What to change in this run, with the names of the arguments and their present values"
     s,h  = self.ssl,self.history
-    m,of = s.ssl_model,first(o for o in ssl_methods().values() if isinstance(s, o.callback))
+    m,of = s.ssl_model,first(o for o in reversed(ssl_methods().values()) if isinstance(s, o.callback))
     create,views = (of.create_model.__name__,of.get_aug_pipelines.__name__) if of else ('the model','the views')
     lr,batch,K = max(o['lr'] for o in self.opt.hypers),len(s.xb[0][0])*world_size(),getattr(s, 'K', None) or 0
     n_protos,frozen = len(_first_head(m)) if hasattr(m, 'prototypes') else 0,getattr(s, 'freeze_prototypes_niters', None) or 0

@@ -59,7 +59,7 @@ def fill_memory(
     mine = [i%dl.n for i in range(rank()*each, (rank()+1)*each)]
     mine+= mine[:each%dl.bs==1] # nor can they do with a last batch of one image
     part = [cb.embeddings(cb.ssl_model(make_views(augs, x.as_subclass(Tensor)))).unflatten(0, (len(views),-1))
-            for x,*_ in dl.new(shuffle=False, drop_last=False, get_idxs=lambda: mine)]
+            for x,*_ in dl.new(drop_last=False, get_idxs=lambda: mine)]
     part = torch.cat(part, 1)
     if part.shape[1]!=len(mine): raise ValueError(
         f'{part.shape[1]} of {len(mine)} images came from the DataLoader, so nobody knows which are missing: leave those that cannot be read out of the dataset')

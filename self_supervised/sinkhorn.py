@@ -70,10 +70,11 @@ def sinkhorn_labels(
     u = z.new_zeros(len(prototypes))
     def logits(): return (torch.addmm(u, o, prototypes.T, alpha=1/eps) for o in blocks)
     with torch.autocast(z.device.type, enabled=False):
-        u = -_logsumexp_samples(logits())
-        for left in reversed(range(n_iters)):
+        u = old = -_logsumexp_samples(logits())
+        for i in range(n_iters):
             mass = _mass(logits())
             off  = (mass/mass.mean()-1).abs().max()
-            if off<=tol or not left: break
-            u = u - mass.log()
+            if off<=tol or i+1==n_iters: break
+            new   = u - mass.log()
+            u,old = new + i/(i+3)*(new-old),new
         return torch.cat([o.max(1).indices for o in logits()]),off

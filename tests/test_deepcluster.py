@@ -141,6 +141,8 @@ def test_fit_equals_definition(monkeypatch, augs, ids, heads, drop, every, faiss
     "Memory, starts, centroids, labels, loss and gradients of three epochs; prototypes are the centroids, whatever the optimizer does"
     drawn,randperm = [],torch.randperm
     monkeypatch.setattr(torch, 'randperm', lambda *args, **kwargs: drawn.append(randperm(*args, **kwargs)) or drawn[-1])
+    search,searched = deepcluster._nearest_faiss,[]
+    monkeypatch.setattr(deepcluster, '_nearest_faiss', lambda *args: searched.append(1) or search(*args))
     def assign(cb, h, z, head):
         rows = drawn.pop(0)[:len(head)]
         centroids,labels = reference.spherical_kmeans(z.tolist(), z[rows].tolist(), 6)
@@ -154,6 +156,7 @@ def test_fit_equals_definition(monkeypatch, augs, ids, heads, drop, every, faiss
     quiet(learn, 3)
     n = 3 if drop else 4
     assert learn.check_step.n_checked==3*(n+1) and learn.check_step.assigned==[n*o for o in range(0, 3, every)] and not drawn
+    assert len(searched)==(7*heads*len(learn.check_step.assigned) if faiss else 0) # six rounds, and the labels
     assert learn.deep_cluster.labels.shape==(heads,22) and learn.deep_cluster.memory.shape==(len(ids),22,5)
 
 @both
@@ -296,7 +299,7 @@ def test_constant_encoder_warns(name):
     said = [str(o.message) for o in w if 'looks like a collapse' in str(o.message)]
     assert len(said)==1 and 'embedding std 0' in said[0]
     cls,other = methods.methods[name].callback,{'deepcluster':'sela', 'sela':'deepcluster'}[name]
-    assert f'create_{name}_model(' in said[0] and f'get_{name}_aug_pipelines' in said[0] and other not in said[0]
+    assert f'create_{name}_model(n_protos=5), now 10' in said[0] and f'get_{name}_aug_pipelines' in said[0] and other not in said[0]
     for arg in re.findall(rf'{cls.__name__}\((\w+)=', said[0]): assert arg in methods.taken(cls, **{arg:0})
     for arg in re.findall(rf'{methods.methods[name].create_model.__name__}\((\w+)=', said[0]): assert arg in ('n_protos','bn')
     assert 'K=' not in said[0] and 'queue' not in said[0] and 'a batch of' not in said[0] and 'hard_codes' not in said[0]

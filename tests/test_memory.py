@@ -14,6 +14,7 @@ from fasttransform import Pipeline
 from PIL import Image
 from torch import nn
 
+from self_supervised import memory
 from self_supervised.augmentations import unit_float
 from self_supervised.checkpoint import _batches_after, _can_skip, _rngs
 from self_supervised.data import image_dls, no_loss, tensor_dls
@@ -66,7 +67,7 @@ def checked(dl, b):
     "Numbers of the images of `b`; the dataset has the same images there"
     x   = image(b)
     ids = image_ids(dl, len(x))
-    assert ids.dtype==torch.int64 and len(ids)==len(x)
+    assert ids.dtype==torch.int64 and len(ids)==len(x) and torch.equal(image_ids(dl, 1), ids[:1])
     want = torch.stack([item(dl, i) for i in ids.tolist()])
     torch.testing.assert_close(x*(255 if x.max()<=1<want.max() else 1), want) # loaders of a `DataBlock` make floats
     return ids.tolist()
@@ -105,10 +106,13 @@ def test_ids_after_resume(kind, skip, files):
     for b in dl: image_ids(dl, len(image(b))) # and again from the start
     assert len(image_ids(dl, 4))==len(want[-1][1])
 
+class Endless:
+    def __getitem__(self, i): return pixels()[i%n]
+
 def test_what_cannot_be_counted():
     torch_dl = torch.utils.data.DataLoader(pixels(), 4)
     with pytest.raises(TypeError, match=r'dls.train is a torch.utils.data.dataloader.DataLoader, .*give the same dataset to fastai.data.load.DataLoader'): check_countable(torch_dl)
-    for dl in (DataLoader(iter(items()), bs=4), DataLoader(items(), bs=None), DataLoader(items(), bs=4, indexed=False)):
+    for dl in (DataLoader(iter(items()), bs=4), DataLoader(items(), bs=None), DataLoader(items(), bs=4, indexed=False), DataLoader(Endless(), bs=4)):
         with pytest.raises(ValueError, match='have no numbers .*needs a dataset with a length and an index, and a batch size'): check_countable(dl)
     with pytest.raises(ValueError, match='have no numbers'): check_countable(DistributedDL(TfmdDL(iter(items()), bs=4), 0, 2))
 
@@ -137,6 +141,19 @@ def test_batch_norm_never_meets_one_image(N):
     learn.model.train()
     assert fill_memory(learn.deep_cluster, [0,1]).shape==(2,N,5)
 
+@pytest.mark.parametrize('N', [13, 22, 2])
+def test_parts_of_processes(monkeypatch, N):
+    "Three processes project as many images each, with a batch norm that never meets one, and together all of them"
+    learn,parts = learner(images(N), 4),[]
+    want,each = fill_memory(learn.deep_cluster, [1,0]),-(-N//3)
+    monkeypatch.setattr(memory, 'world_size', lambda: 3)
+    monkeypatch.setattr(memory, 'all_gather', lambda t,sizes: parts.append(t) or (t if sizes==[each]*3 else None))
+    for r in range(3):
+        monkeypatch.setattr(memory, 'rank', lambda: r)
+        fill_memory(learn.deep_cluster, [1,0])
+    assert [o.shape for o in parts]==[(each,2,5)]*3
+    torch.testing.assert_close(torch.cat(parts)[:N].transpose(0,1), want)
+
 @pytest.mark.parametrize('kind', ['weighted', 'partly', 'lists', 'workers', 'file_workers'])
 def test_fill_through_other_loaders(kind, files):
     "A loader that shuffles, draws with weights or leaves out: the memory is that of all images, in their order"
@@ -156,7 +173,7 @@ def test_images_that_are_left_out():
     with pytest.raises(ValueError, match='11 of 21 images came .*leave those that cannot be read out of the dataset'): quiet(learn, 1)
 
 def test_refresh():
-    memory = torch.zeros(2,5,3)
+    m = torch.zeros(2,5,3)
     z = torch.arange(12.).view(2,2,3)+1
-    refresh_memory(memory, torch.tensor([3,1]), z.double())
-    assert torch.equal(memory[:,[3,1]], z) and not memory[:,[0,2,4]].any() and memory.dtype==torch.float32
+    refresh_memory(m, torch.tensor([3,1]), z.double())
+    assert torch.equal(m[:,[3,1]].double(), z.double()) and not m[:,[0,2,4]].any() and m.dtype==torch.float32

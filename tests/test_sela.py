@@ -20,17 +20,13 @@ def learner(cb=None, cbs=(), **kwargs):
 
 @setups
 @pytest.mark.parametrize('every', [1, 2])
-@pytest.mark.filterwarnings('ignore:after 30 rounds')
 def test_fit_equals_definition(augs, ids, heads, drop, every):
     "Memory, labels, loss and gradients of three epochs: the balanced labels of all images for the prototypes of that moment"
     def assign(cb, h, z, head):
         assert (head.square().sum(1).sqrt()-1).abs().max()<1e-9
-        assert cb.residuals[h]==pytest.approx(off(s := (z@head.T).tolist()), rel=1e-6, abs=1e-9)
-        return reference.balanced_labels(s, .06, 30).tolist()
-    def off(s):
-        mass = reference.sinkhorn(s, .06, 30).sum(0)
-        return abs(mass/mass.mean()-1).max()
-    learn = stepwise(SeLa(augs, ids, temp=.2, eps=.06, tol=1e-15, n_sinkh_iter=30, assign_every=every, freeze_prototypes_niters=2),
+        assert cb.residuals[h]<=1e-7
+        return reference.balanced_labels((z@head.T).tolist(), .06, 300).tolist()
+    learn = stepwise(SeLa(augs, ids, temp=.2, eps=.06, tol=1e-7, n_sinkh_iter=2000, assign_every=every, freeze_prototypes_niters=2),
                      bn_free(create_sela_model, n_heads=heads), assign, every=every, drop_last=drop)
     start = learn.model.prototypes.weight.detach().clone()
     quiet(learn, 3)
@@ -71,9 +67,9 @@ def test_not_balanced_in_time():
             warnings.simplefilter('always')
             quiet(learn := learner(SeLa(views_2, **kwargs)), 2)
         return learn,[str(o.message) for o in w if 'share' in str(o.message)]
-    learn,said = told(eps=.01, n_sinkh_iter=1)
-    assert learn.sela.residuals[0]>.01
-    assert said==['after 1 rounds a prototype is still further from its share of the images than tol=0.01: raise n_sinkh_iter, tol, or eps (now 0.01)']
+    learn,said = told(eps=.3, tol=1e-9, n_sinkh_iter=1)
+    assert 1e-9<learn.sela.residuals[0]<.5
+    assert said==['after 1 rounds a prototype is still further from its share of the images than tol=1e-09: raise n_sinkh_iter, tol, or eps (now 0.3)']
     learn,said = told()
     assert learn.sela.residuals[0]<=.01 and said==[]
 
