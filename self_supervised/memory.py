@@ -28,12 +28,11 @@ def __iter__(self:DataLoader):
 
 def image_ids(
     dl:DataLoader, # of fastai, in the middle of its batches
-    n:int, # images of the batch that it gave last
-) -> Tensor: # (n,) int64, their numbers in its dataset
-    "Which images the last batch holds"
+) -> Tensor: # (B,) int64, numbers in its dataset
+    "Which images the batch that was given last holds"
     i,order = dl._given
     if not order: order += dl.sample()
-    return torch.tensor(order[i*dl.bs:i*dl.bs+n])
+    return torch.tensor(order[i*dl.bs:(i+1)*dl.bs])
 
 # %% ../nbs/09_memory.ipynb #4cb593f4
 def check_countable(

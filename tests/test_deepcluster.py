@@ -1,6 +1,7 @@
 "DeepCluster-v2: k-means, the loss, whole fits against loops, and a memory that nothing but training changes"
 import math, re, warnings
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest, torch
 from fastai.callback.core import Callback
@@ -12,6 +13,7 @@ from fastai.optimizer import SGD
 from fasttransform import Pipeline
 from sklearn.metrics import normalized_mutual_info_score
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import methods, reference
@@ -211,6 +213,19 @@ def test_second_fit(monkeypatch):
     learn.deep_cluster.crop_assgn_ids = [3]
     quiet(learn, 1)
     assert len(calls)==4 and learn.deep_cluster.memory.shape==(1,33,6)
+    learn.model,learn.opt = methods.model('deepcluster', projection_size=6),None # of the same sizes
+    quiet(learn, 1)
+    assert len(calls)==5
+
+@both
+def test_step_on_a_gpu_reads_nothing_back(name):
+    "On a GPU that is not there, every number that the CPU asks for is an error"
+    cb,m = methods.callback(name),methods.model(name)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        cb.learn = SimpleNamespace(model=m, training=True, dl=SimpleNamespace(_given=(0, list(range(8))), bs=8))
+        cb.memory,cb.labels = torch.zeros(2,40,8, device='cuda'),torch.zeros(3,40, device='cuda', dtype=torch.long)
+        z,scores = (torch.randn(len(cb.aug_pipelines)*8, *o, device='cuda') for o in ((8,), (3,10)))
+        assert cb.lf((z,scores)).is_cuda
 
 
 # Exact resume

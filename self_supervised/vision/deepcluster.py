@@ -152,7 +152,8 @@ class DeepCluster(SSLCallback):
         (_,K,D),n = m.heads.shape,self.dls.train.n
         if K>n: raise ValueError(f'{K} clusters of {n} images: create the model with n_protos={max(n//10, 2)} or fewer')
         self.chance = math.log(K)
-        if self.memory is not None and self.memory.shape!=(len(self.crop_assgn_ids),n,D): self.memory = self.labels = None
+        if self.memory is not None and (self._of is not m or self.memory.shape!=(len(self.crop_assgn_ids),n,D)): self.memory = self.labels = None
+        self._of = m # the memory of another model would be of no use
         if self._rng: self._kept = deepcopy((self.memory,self.labels))
 
     @property
@@ -216,7 +217,7 @@ def lf(self:DeepCluster,
     z,scores = (o.unflatten(0, (len(self.aug_pipelines),-1)) for o in pred)
     n = z.shape[1]
     if self.training:
-        ids    = image_ids(self.dl, n).to(z.device, non_blocking=True)
+        ids    = image_ids(self.dl).to(z.device, non_blocking=True)
         labels = self.labels[:,ids]
         refresh_memory(self.memory, ids, z.detach()[self.crop_assgn_ids], self.even)
     else: labels = self.nearest(scores)
