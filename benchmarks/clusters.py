@@ -11,7 +11,7 @@ sizes as 1, 1/2, 1/3, …, prototypes from three rounds of k-means on a tenth of
   neighbours.
 - MiB: highest memory above the inputs, result included, each part and size in a process of its own, with one thread.
 - rounds of Sinkhorn: until no prototype's mass is further from its share than a tenth, or than a hundredth; the residual is that distance after the
-  last round, of a hundred at most. Labels: images of the rarest and of the commonest label, as a part of the share.
+  last round, of a thousand at most. Labels: images of the rarest and of the commonest label, as a part of the share.
 - load: cores that other processes of the machine used meanwhile. 0 would be an idle machine; beside others two threads gain little or lose.
 """
 import json, time
@@ -95,7 +95,7 @@ def peaks(part, n, rounds):
     mem = alone(__file__, '--part', part, '--n', n, '--rounds', rounds)
     return dict(images=n, rounds=rounds) | {f'{nm}, MiB': mem[nm]/2**20 if nm in mem else '–' for nm in ('ours', *columns[part])}
 
-def convergence(data, n, eps, tol=.01, at_most=100):
+def convergence(data, n, eps, tol=.01, at_most=1000):
     "How many rounds of Sinkhorn it takes"
     off,mass = [],sinkhorn._mass
     def spied(blocks):
