@@ -6,6 +6,7 @@ SHELL       := /bin/bash
 
 PYTHON ?= python3
 VENV   ?= .venv
+PORT   ?= 8000
 BIN    := $(VENV)/bin
 PY     := $(BIN)/python
 STAMP  := $(VENV)/.installed
@@ -14,7 +15,7 @@ comma      := ,
 
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test check lint sync notebooks pytest test-kill bench export clean-nbs
+.PHONY: help demo test check lint sync notebooks pytest test-kill bench docs docs-serve export clean-nbs
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
@@ -53,8 +54,15 @@ bench-%: $(STAMP) # writes benchmarks/results/*.md and *.json
 	@$(PY) -c 'import lightly' 2>/dev/null || $(PY) -m pip install -e '.[bench]' -c constraints.txt
 	@$(PY) -W ignore benchmarks/$*.py
 
-export: $(STAMP) ## write the modules from the notebooks
+docs: $(STAMP) ## build the web site from the notebooks, in _docs
+	$(PY) -W ignore docs/build.py
+
+docs-serve: docs ## show the web site on http://127.0.0.1:8000 (PORT=8001: another port)
+	$(PY) -m http.server --bind 127.0.0.1 --directory _docs $(PORT)
+
+export: $(STAMP) ## write the modules, and README.md, from the notebooks
 	$(PY) $(BIN)/nbdev-export
+	$(PY) docs/build.py --readme
 
 clean-nbs: $(STAMP) ## drop run counts and other metadata from the notebooks, keep their outputs
 	$(PY) $(BIN)/nbdev-clean

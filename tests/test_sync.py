@@ -10,7 +10,7 @@ pkg,by_hand = 'self_supervised',{'__init__.py', 'all.py', '_modidx.py'}
 
 # ---- what a tree looks like
 
-def notebooks(path): return sorted(f for f in (path/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in f.parts)
+def notebooks(path): return sorted(f for f in (path/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in f.parts and f.name!='index.ipynb')
 def modules(path): return sorted(f for f in (path/pkg).rglob('*.py') if f.name not in by_hand)
 def number(nb): return int(re.match(r'\d+', nb.name).group())
 def dotted(path, module): return '.'.join(module.relative_to(path).with_suffix('').parts)

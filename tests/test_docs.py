@@ -1,0 +1,216 @@
+"The web site: what would be wrong on it ends its build, its pages say what the code says, and a browser is content with each of them"
+import functools, http.server, importlib, json, re, shutil, threading
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest, yaml
+from fastcore.docments import docments
+from browser import browser, new_page # `browser` is a fixture
+from conftest import root
+from test_sync import dotted, modules, public
+
+spec  = importlib.util.spec_from_file_location('build', root/'docs/build.py')
+build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build)
+
+pytestmark = pytest.mark.slow
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    "The site, built"
+    path = tmp_path_factory.mktemp('site')
+    build.build(path)
+    return path
+
+@pytest.fixture(scope='module')
+def served(site):
+    "Address of the site, from a server on this machine"
+    class _Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(_Handler, directory=site)) as s:
+        threading.Thread(target=s.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{s.server_port}'
+        s.shutdown()
+
+def nav_pages(nav=None):
+    "Files of the pages in the navigation, in its order"
+    if nav is None: nav = yaml.safe_load((root/'docs/mkdocs.yml').read_text())['nav']
+    return [p for o in nav for v in o.values() for p in (nav_pages(v) if isinstance(v, list) else [v.replace('.md', '.html')])]
+
+# ---- what the pages say
+
+class Text(HTMLParser):
+    "The text of a page, and of each entry of the API on it"
+    def __init__(self, html):
+        super().__init__()
+        self.text,self.parts,self.into,self.skip = '',{},None,0
+        self.feed(html)
+    def handle_starttag(self, tag, attrs):
+        d = dict(attrs)
+        if tag in ('h2','h3'): self.into = d['id'] if 'api' in d.get('class', '').split() else None
+    def handle_data(self, data):
+        self.text += data
+        if self.into: self.parts[self.into] = self.parts.get(self.into, '')+data
+
+def words(s): return re.sub(r'[\s`]+', '', s)
+
+@pytest.mark.parametrize('module', [dotted(root, m) for m in modules(root)])
+def test_entries(site, module):
+    "Each public function and class has an entry with its docstring, and each of its parameters, own, inherited or delegated, with its comment"
+    nm   = module.removeprefix('self_supervised.')
+    page = Text((site/f'{nm}.html').read_text(encoding='utf-8'))
+    for k,o in public(module).items():
+        said = words(page.parts[k.lower()])
+        if isinstance(o, type) and o.__base__ is tuple: continue # a namedtuple has its definition
+        assert words(o.__doc__ or '') in said, k
+        for p,d in docments(o, full=True, args_kwargs=True).items():
+            if p not in ('self', 'return'): assert p in said and words(d.docment or '') in said, (k, p)
+
+def test_delegated_and_inherited(site):
+    "Arguments of `get_batch_augs` in the entry of SimCLR's pipelines, and methods of the base class in the entry of SWAV"
+    part = Text((site/'vision.simclr.html').read_text(encoding='utf-8')).parts['get_simclr_aug_pipelines']
+    from self_supervised.augmentations import get_batch_augs
+    comments = [words(o.docment) for k,o in docments(get_batch_augs, full=True).items() if k not in ('size','resize_scale','return')]
+    assert len(comments)>10 and all(o in words(part) for o in comments)
+    assert 'show(n=1,**kwargs)(ofSSLCallback)' in words(Text((site/'vision.swav.html').read_text(encoding='utf-8')).parts['swav'])
+
+def test_names_are_links(site):
+    html = (site/'changelog.html').read_text(encoding='utf-8')
+    assert '<a href="vision.swav.html#swav"><code>SWAV</code></a>' in (site/'getting_started.html').read_text(encoding='utf-8')+html
+    assert '<a href="vision.simclr.html#simclr"><code>SimCLR</code></a>' in html # the callback, not the module of this name
+    assert re.search(r'<a href="https://docs.fast.ai/learner.html#learner"><code>Learner</code></a>', (site/'index.html').read_text(encoding='utf-8'))
+
+def test_source_links(site):
+    "An entry leads to the line of its code"
+    to,line = re.search(r'id="swav_loss".*?href="(source/[^"#]+)#__codelineno-0-(\d+)"', (site/'vision.swav.html').read_text(encoding='utf-8'), re.S).groups()
+    assert to=='source/self_supervised/vision/swav.py.html'
+    assert (root/'self_supervised/vision/swav.py').read_text().splitlines()[int(line)-1].startswith('def swav_loss(')
+    assert re.search(rf'id="__codelineno-0-{line}".*?swav_loss', (site/to).read_text(encoding='utf-8'))
+
+def test_formulas(site):
+    html = (site/'vision.swav.html').read_text(encoding='utf-8')
+    assert '<math' in html and 'arithmatex' not in html
+
+def test_readme(): assert (root/'README.md').read_text(encoding='utf-8')==build.readme(), 'README.md is made from nbs/index.ipynb: run make export'
+
+def test_figures_of_performance():
+    "Tables that were put on the page are those of the results"
+    cells = json.loads((root/'nbs/91_performance.ipynb').read_text(encoding='utf-8'))['cells']
+    shown = [''.join(o['data']['text/markdown']) for c in cells for o in c.get('outputs', []) if 'text/markdown' in o['data']]
+    rows  = [[c.strip() for c in r.strip('|').split('|')] for t in shown for r in t.splitlines()]
+    files = {tuple(c.strip() for c in r.strip('|').split('|')) for f in (root/'benchmarks/results').glob('*.md') for r in f.read_text(encoding='utf-8').splitlines() if r.startswith('|')}
+    assert len(shown)>3 and all(any(set(r)<=set(f) for f in files) for r in rows)
+
+# ---- what ends the build, on a small project
+
+def notebook(*cells): return json.dumps(dict(cells=list(cells), metadata={}, nbformat=4, nbformat_minor=5))
+def md(src): return dict(cell_type='markdown', metadata={}, source=src)
+def code(src, *outputs): return dict(cell_type='code', metadata={}, source=src, outputs=list(outputs), execution_count=None)
+def picture(): return dict(output_type='display_data', metadata={}, data={'image/png':'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='})
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    "A project of two notebooks, one of them of a module, that builds"
+    p = tmp_path/'project'
+    for d in ('nbs', 'docs', 'benchmarks/results'): (p/d).mkdir(parents=True)
+    shutil.copy(root/'docs/site.css', p/'docs')
+    for f in ('CHANGELOG.md', 'CONTRIBUTING.md'): (p/f).write_text(f'# {f}\n')
+    yml = re.sub(r'^nav:.*', 'nav: [Home: index.md, queue: queue.md, C: changelog.md, D: contributing.md]', (root/'docs/mkdocs.yml').read_text(), flags=re.M|re.S)
+    (p/'docs/mkdocs.yml').write_text(yml)
+    (p/'self_supervised').mkdir()
+    shutil.copy(root/'self_supervised/queue.py', p/'self_supervised')
+    (p/'nbs/index.ipynb').write_text(notebook(md('# Home\n\nSee [queue](07_queue.ipynb#featurequeue), `FeatureQueue`, $a^2$.')))
+    (p/'nbs/07_queue.ipynb').write_text(notebook(code('#| default_exp queue'), md('# queue'), code('#| export\nclass FeatureQueue: pass'), code('#| fig-alt: A dot\nplot()', picture())))
+    monkeypatch.setattr(build, 'root', p)
+    monkeypatch.setattr(build, 'source_of', lambda obj, mod: ('self_supervised/queue.py', 1))
+    return p
+
+def add(p, *cells):
+    nb = json.loads((p/'nbs/index.ipynb').read_text())
+    (p/'nbs/index.ipynb').write_text(notebook(*nb['cells'], *cells))
+
+def test_small_builds(small, tmp_path):
+    build.build(tmp_path/'site')
+    assert 'alt="A dot"' in (tmp_path/'site/queue.html').read_text() and '<math' in (tmp_path/'site/index.html').read_text()
+
+spoils = [
+    ('leads to no file',              lambda p: add(p, md('[gone](99_gone.ipynb)'))),
+    ('leads to no file',              lambda p: add(p, md('![a](images/gone.png)'))),
+    ('leads to no place',             lambda p: add(p, md('[gone](07_queue.ipynb#gone)'))),
+    ('leads to no place',             lambda p: add(p, md('<a href="queue.html#gone">gone</a>'))),
+    ('leads nowhere',                 lambda p: add(p, md('<a href="gone.html">gone</a>'))),
+    ('leads nowhere',                 lambda p: add(p, code('x', dict(output_type='display_data', metadata={}, data={'text/html':'<img src="gone.png" alt="a">'})))),
+    ('a picture without a description', lambda p: add(p, code('plot()', picture()))),
+    ('has no description',            lambda p: add(p, md('<img src="site.css">'))),
+    ('fetched from elsewhere',        lambda p: add(p, md('<script src="https://example.com/a.js"></script>'))),
+    ('fetched from elsewhere',        lambda p: add(p, md('![a](https://example.com/a.png)'))),
+    ('two places are called',         lambda p: add(p, md('<a id="a"></a><a id="a"></a>'))),
+    ('means nothing here',            lambda p: add(p, code('#| layout-ncol: 2\nx'))),
+    ('would be left on the page',     lambda p: add(p, md('::: {.column-margin}\na\n:::'))),
+    ('would be left on the page',     lambda p: add(p, md('{{< video a.mp4 >}}'))),
+    ('would be left on the page',     lambda p: add(p, md('#| echo: false'))),
+    ('a cell failed',                 lambda p: add(p, code('1/0', dict(output_type='error', ename='ZeroDivisionError', evalue='division by zero', traceback=[])))),
+    ('not included in the "nav"',     lambda p: (p/'nbs/20_more.ipynb').write_text(notebook(md('# more')))),
+    ('two notebooks',                 lambda p: (p/'nbs/20_queue.ipynb').write_text(notebook(md('# queue')))),
+    ('No module named',               lambda p: add(p, code('#| default_exp gone'))),
+    ("has no attribute 'Gone'",       lambda p: add(p, code('#| default_exp queue'), code('#| export\nclass Gone: pass'))),
+]
+@pytest.mark.parametrize('says,spoil', spoils, ids=[f'{i}-{s}' for i,(s,_) in enumerate(spoils)])
+def test_spoilt(small, tmp_path, says, spoil):
+    spoil(small)
+    with pytest.raises((build.BuildError, ImportError, AttributeError), match=re.escape(says)): build.build(tmp_path/'site')
+    assert not (tmp_path/'site').exists()
+
+# ---- in a browser
+
+@pytest.mark.parametrize('page', nav_pages())
+def test_page(browser, served, page):
+    "It opens without trouble, with all its pictures, in less than 1 MB, and is no wider than a phone"
+    sizes = {}
+    with new_page(browser) as p:
+        p.on('response', lambda r: sizes.update({r.url:len(r.body())}))
+        p.goto(f'{served}/{page}', wait_until='networkidle')
+        assert p.locator('h1').count()==1
+        assert p.evaluate('[...document.images].filter(o => !o.complete || !o.naturalWidth).map(o => o.src)')==[]
+        p.set_viewport_size(dict(width=390, height=800))
+        assert p.evaluate('document.documentElement.scrollWidth')<=390
+    assert sum(sizes.values())<1e6, sizes
+
+def test_navigation(browser, served):
+    "The pages that the tests go through are those that the navigation offers"
+    with new_page(browser, served+'/index.html') as p:
+        links = p.locator('.md-sidebar--primary a.md-nav__link[href]').evaluate_all('os => os.map(o => o.getAttribute("href"))')
+    assert [o for o in dict.fromkeys(links) if '#' not in o and o!='./' and o!='.']==[o for o in nav_pages() if o in links] and set(nav_pages())-set(links) <= {'index.html'}
+
+def test_search(browser, served):
+    with new_page(browser, served+'/index.html') as p:
+        p.keyboard.press('/')
+        p.keyboard.type('SWAV')
+        p.locator('.md-search-result__link').first.wait_for()
+        found = p.locator('.md-search-result__link').evaluate_all('os => os.map(o => o.href)')
+        assert any('vision.swav.html' in o for o in found[:5]), found
+        assert not any('/source/' in o for o in found)
+
+def test_copy(browser, served):
+    with new_page(browser, served+'/getting_started.html', permissions=['clipboard-read', 'clipboard-write']) as p:
+        block = p.locator('.highlight', has=p.get_by_text('fashion_mnist')).first
+        block.hover()
+        block.locator('.md-code__button, .md-clipboard').first.click()
+        copied = p.evaluate('navigator.clipboard.readText()')
+    assert copied.strip()==block_source().strip()
+
+def block_source():
+    return next(''.join(c['source']) for c in json.loads((root/'nbs/75_getting_started.ipynb').read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code' and 'fashion_mnist()' in ''.join(c['source']))
+
+def test_dark_mode(browser, served):
+    "By the system's wish, and by the button, which is remembered"
+    def scheme(p): return p.locator('body').get_attribute('data-md-color-scheme')
+    def light(p): return p.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0,3).every(o => o>200)")
+    with new_page(browser, served+'/faq.html', color_scheme='dark') as p: assert scheme(p)=='slate' and not light(p)
+    with new_page(browser, served+'/faq.html', color_scheme='light') as p:
+        assert scheme(p)=='default' and light(p)
+        p.locator('label[for^="__palette"]:visible').click()
+        assert scheme(p)=='slate' and not light(p)
+        p.goto(served+'/index.html')
+        assert scheme(p)=='slate'
