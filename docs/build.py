@@ -270,6 +270,9 @@ def build(site):
         finally: logging.getLogger('mkdocs').removeHandler(said)
         if said.lines: raise BuildError('\n'.join(said.lines))
         for f in (tmp/'site').rglob('*.html'): f.write_text(mathml(f.read_text(encoding='utf-8')), encoding='utf-8')
+        found = json.loads((index := tmp/'site/search/search_index.json').read_text(encoding='utf-8'))
+        for o in found['docs']: o['text'] = re.sub(r'<pre>.*?</pre>|<[^>]+>', '', o['text'], flags=re.S) # prose is searched, and half as much to fetch
+        index.write_text(json.dumps(found, ensure_ascii=False), encoding='utf-8')
         if wrong := check(tmp/'site'): raise BuildError('\n'.join(wrong))
         shutil.rmtree(site, ignore_errors=True)
         shutil.copytree(tmp/'site', site)

@@ -3,7 +3,7 @@
 Two things are arranged: `path/to/images` and `path/to/labelled`, which stand for the reader's own folders, have small JPEGs, and a fit lasts one epoch."""
 import re, shlex
 
-import pytest
+import pytest, yaml
 from fastai.learner import Learner
 from PIL import Image
 
@@ -84,6 +84,20 @@ def test_contributing(project, files, targets):
     assert len(text.splitlines())<=60
     assert bad_links(text, files)==[]
     assert set(re.findall(r'`make ([a-z-]+)`', text)) <= targets
+
+def test_templates(project, targets):
+    "What a contributor is asked for can be done"
+    text = (project/'.github/pull_request_template.md').read_text(encoding='utf-8')
+    asked = {t for o in re.findall(r'`make ([a-zA-Z -]+)`', text) for t in o.split()}
+    assert asked-{'bench-NAME'} <= targets and 'test' in asked
+    for f in sorted((project/'.github/ISSUE_TEMPLATE').glob('*.yml')):
+        form = yaml.safe_load(f.read_text(encoding='utf-8'))
+        if f.stem!='config': assert form['name'] and form['description'] and all(o['attributes']['label'] for o in form['body'])
+
+def test_citation(project):
+    cff = yaml.safe_load((project/'CITATION.cff').read_text(encoding='utf-8'))
+    assert {'cff-version', 'message', 'title', 'authors', 'version', 'license'} <= set(cff)
+    assert all(o['authors'] and o['title'] and o['url'].startswith('https://') for o in cff['references'])
 
 def test_bad_is_seen(files, targets):
     text = '''# A title

@@ -73,12 +73,13 @@ def imports(path):
     return res
 
 def version(path):
-    "One version, in settings.ini, in the package and in the changelog"
+    "One version, in settings.ini, in the package, in the changelog and in the citation"
     ini = ConfigParser(delimiters=['='])
     ini.read(path/'settings.ini', encoding='utf-8')
     want,init = ini['DEFAULT']['version'],(path/pkg/'__init__.py').read_text()
     have = re.search(r"^__version__ = ['\"](.*)['\"]$", init, re.M).group(1)
     res = [f"__version__ is {have}, settings.ini says {want}"] if have!=want else []
+    res += [] if f'version: {want}\n' in (path/'CITATION.cff').read_text(encoding='utf-8') else [f"CITATION.cff is not about {want}"]
     return res + ([] if want in (path/'CHANGELOG.md').read_text(encoding='utf-8') else [f"CHANGELOG.md does not mention {want}"])
 
 def sizes(path): return [f"{nb.name}: {nb.stat().st_size/1024:.0f} KB, more than 200" for nb in notebooks(path) if nb.stat().st_size>200*1024]
@@ -124,6 +125,7 @@ def spoil_upward(path):
 def spoil_upward_absolute(path): edit(first_module(path), lambda s: s+f'\nimport {dotted(path, last_module(path))}\n')
 def spoil_all(path): edit(last_module(path), lambda s: s+f'\nfrom {pkg} import all\n')
 def spoil_version(path): edit(path/'settings.ini', lambda s: re.sub(r'^version = .*$', 'version = 9.9.9', s, flags=re.M))
+def spoil_citation(path): edit(path/'CITATION.cff', lambda s: re.sub(r'^version: .*$', 'version: 9.9.9', s, flags=re.M))
 def spoil_big(path): edit_nb(notebooks(path)[0], lambda d: d['cells'].append(dict(cell_type='markdown', id='0', metadata={}, source=['x'*210_000])))
 def spoil_shared(path): edit(path/'README.md', lambda s: s+'\nSee ..' + '/shared/design.md\n')
 def spoil_place(path): edit(path/'README.md', lambda s: s+'\nSee ' + '/'.join(['', 'home', 'me', 'data\n']))
@@ -135,7 +137,7 @@ def spoil_place(path): edit(path/'README.md', lambda s: s+'\nSee ' + '/'.join(['
     (spoil_module_edited,  drift,   'changed after make export'), (spoil_not_exported, drift,   'changed after make export'),
     (spoil_unclean,        drift,   'changed after make clean-nbs'), (spoil_upward,        imports, ' imports '),
     (spoil_upward_absolute, imports, ' imports '),           (spoil_all,             imports, '(all)'),
-    (spoil_version,        version, 'settings.ini says 9.9.9'), (spoil_big,          sizes,   'more than 200'),
+    (spoil_version,        version, 'settings.ini says 9.9.9'), (spoil_citation, version, 'CITATION.cff'), (spoil_big,          sizes,   'more than 200'),
     (spoil_shared,         places,  'README.md:'),           (spoil_place,           places,  'README.md:'),
 ], ids=lambda o: getattr(o, '__name__', ''))
 def test_spoilt(spoil, check, says, copy):
