@@ -62,7 +62,7 @@ docs-serve: docs ## show the web site on http://127.0.0.1:8000 (PORT=8001: anoth
 
 export: $(STAMP) ## write the modules, and README.md, from the notebooks
 	$(PY) $(BIN)/nbdev-export
-	$(PY) docs/build.py --readme
+	$(PY) -W ignore docs/build.py --readme
 
 clean-nbs: $(STAMP) ## drop run counts and other metadata from the notebooks, keep their outputs
 	$(PY) $(BIN)/nbdev-clean

@@ -15,7 +15,7 @@ from typing import get_args
 os.environ.setdefault('NO_MKDOCS_2_WARNING', '1')
 from fastai._modidx import d as fastai_index
 from fastai.callback.core import event
-from fastcore.docments import docments, empty
+from fastcore.docments import ann_parts, docments, empty
 from fastcore.foundation import L
 from latex2mathml.converter import convert
 from mkdocs.commands.build import build as mkdocs_build
@@ -65,25 +65,27 @@ def signature(nm, obj):
 def _type(o):
     "An annotation by short names"
     if o is empty: return ''
+    o = ann_parts(o)[0]
     return ' or '.join(f"`{getattr(a, '__name__', str(a)).split('.')[-1].replace('NoneType', 'None')}`" for a in (get_args(o) if isinstance(o, UnionType) else [o]))
 
+def _plain(s): return f'<code>{html.escape(s)}</code>' if s else '' # code that is not looked up: a parameter may be called as a function is
 def _row(*cells): return '| ' + ' | '.join(c.replace('|', '\\|').replace('\n', '<br>') for c in cells) + ' |'
 
 def parameters(obj):
     "Table of what `obj` takes and returns, those of base classes and of functions it delegates to included, from the comments beside them"
     d,ret = _docments(obj)
-    rows = [_row(f'`{k}`', _type(v.anno), f'`{o}`' if (o := _default(v)) else '', v.docment or '') for k,v in d.items()]
+    rows = [_row(_plain(k), _type(v.anno), _plain(_default(v)), v.docment or '') for k,v in d.items()]
     if ret and not inspect.isclass(obj) and (ret.docment or ret.anno is not empty): rows.append(_row('**returns**', _type(ret.anno), '', ret.docment or ''))
-    return '\n'.join([_row('', 'type', 'default', ''), '|---|---|---|---|', *rows]) if rows else ''
+    return '\n'.join(['<div class="parameters" markdown="1">\n', _row('', 'type', 'default', ''), '|---|---|---|---|', *rows, '\n</div>']) if rows else ''
 
 def methods(cls):
-    "List of the documented methods of `cls` and of our classes that it builds on; methods that were added by a patch have entries of their own"
+    "List of the documented methods of `cls`, and of our classes that it builds on but for their answers to events; what a patch has added has entries of its own"
     res = {}
     for c in (o for o in cls.__mro__ if o.__module__.startswith(pkg)):
-        body = {t.name for t in ast.parse(textwrap.dedent(inspect.getsource(c))).body[0].body if isinstance(t, ast.FunctionDef)} | set(vars(event))
+        body = {t.name for t in ast.parse(textwrap.dedent(inspect.getsource(c))).body[0].body if isinstance(t, ast.FunctionDef)}
         for nm,o in vars(c).items():
             f = o.fget if isinstance(o, property) else inspect.unwrap(getattr(o, '__func__', o)) if callable(o) else None
-            if not inspect.isfunction(f) or nm[0]=='_' or not f.__doc__ or nm in res or (c is cls and nm not in body): continue
+            if not inspect.isfunction(f) or nm[0]=='_' or not f.__doc__ or nm in res or (nm in vars(event) if c is not cls else nm not in body | set(vars(event))): continue
             call = nm if isinstance(o, property) else re.sub(r'\s+', ' ', signature(nm, f))
             res[nm] = f'- `{call}`' + (f'{{#{c.__name__}.{nm}}}'.lower() if c is cls else f' (of `{c.__name__}`)') + f': {inspect.getdoc(f)}'
     return '\n'.join(res.values())
@@ -114,7 +116,7 @@ def entries(src, mod):
 
 def output(o, file, alt, imgs):
     "Markdown of a cell's output `o`; a picture goes to `imgs`, under the name `file`"
-    if o['output_type']=='stream': return _out(_fence(_join(o['text'])))
+    if o['output_type']=='stream': return _out(_fence(re.sub(r'(\d\.\d{4})\d{3,}', r'\1', _join(o['text'])))) # four decimals are enough
     if o['output_type']=='error': raise BuildError(f"a cell failed: {o['ename']}: {o['evalue']}")
     d = {k:_join(v) for k,v in o['data'].items()}
     if 'text/markdown' in d: return _out(d['text/markdown'])
