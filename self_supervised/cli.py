@@ -85,7 +85,7 @@ def _command(f):
         warnings.filterwarnings('ignore', category=FutureWarning) # of libraries that import torch.jit
         os.environ.setdefault('MPLBACKEND', 'Agg')
         try: res = f(**_parse(f, sys.argv[1:]))
-        except (ValueError, TypeError) as e:
+        except (ValueError, TypeError, ImportError) as e:
             if not inspect.trace()[-1].frame.f_globals.get('__name__', '').startswith('self_supervised'): raise
             sys.exit(f'{f.__name__}: {e}')
         return res if isinstance(res, int) else None
