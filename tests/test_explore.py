@@ -219,6 +219,8 @@ def test_missing_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, 'streamlit', None)
     for f in (lambda: ssl_explore(port=1), explore.explore_page):
         with pytest.raises(ImportError, match=re.escape("needs Streamlit, which is not installed: pip install 'self_supervised[explore]'")): f()
+    monkeypatch.setattr(sys, 'argv', ['ssl_explore'])
+    with pytest.raises(SystemExit, match=r'^ssl_explore: the view explorer needs Streamlit'): ssl_explore() # as a command: a line, no traceback
 
 def test_importing_needs_no_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, 'streamlit', None)
