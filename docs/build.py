@@ -211,7 +211,7 @@ def pages():
         if left: raise BuildError(f'{file}: {left[0]} would be left on the page')
         res[page] = md
     names = public_names(res)
-    res = {page:linkify(md, names, page) for page,md in res.items()}
+    res = {page: ('---\nsearch: {boost: 2}\n---\n' if ' .api}' in md else '') + linkify(md, names, page) for page,md in res.items()} # entries are found first
     for file,page in wanted.items():
         if page.startswith('source/'):
             lang = Path(file).suffix[1:] or 'text'
