@@ -260,7 +260,9 @@ def check(site):
 
 def build(site):
     "Make the site in the folder `site`, or raise `BuildError`"
-    site,(md,imgs) = Path(site).resolve(),pages()
+    site = Path(site).resolve()
+    if site.exists() and any(site.iterdir()) and not (site/'search/search_index.json').exists(): raise BuildError(f'{site} is no site, and would be replaced by one: name an empty folder, or a new one')
+    md,imgs = pages()
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
         for nm,o in {**{k:v.encode() for k,v in md.items()}, **imgs}.items():

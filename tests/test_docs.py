@@ -1,12 +1,10 @@
 "The web site: what would be wrong on it ends its build, its pages say what the code says, and a browser is content with each of them"
 import functools, http.server, importlib, json, re, shutil, threading
 from html.parser import HTMLParser
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest, yaml
 from fastcore.docments import docments
-from browser import browser, new_page # `browser` is a fixture
+from browser import browser, new_page # noqa: F401 (a fixture)
 from conftest import root
 from test_sync import dotted, modules, public
 
@@ -133,6 +131,10 @@ def add(p, *cells):
 def test_small_builds(small, tmp_path):
     build.build(tmp_path/'site')
     assert 'alt="A dot"' in (tmp_path/'site/queue.html').read_text() and '<math' in (tmp_path/'site/index.html').read_text()
+
+def test_no_other_folder_is_replaced(small):
+    with pytest.raises(build.BuildError, match='is no site'): build.build(small)
+    assert (small/'nbs/index.ipynb').exists()
 
 spoils = [
     ('leads to no file',              lambda p: add(p, md('[gone](99_gone.ipynb)'))),
