@@ -211,7 +211,8 @@ def pages():
         if left: raise BuildError(f'{file}: {left[0]} would be left on the page')
         res[page] = md
     names = public_names(res)
-    res = {page: ('---\nsearch: {boost: 2}\n---\n' if ' .api}' in md else '') + linkify(md, names, page) for page,md in res.items()} # entries are found first
+    def front(page, md): return f"---\nsearch: {{{'exclude: true' if page.startswith('results/') else 'boost: 2' if ' .api}' in md else 'boost: 1'}}}\n---\n" # entries are found first
+    res = {page: front(page, md) + linkify(md, names, page) for page,md in res.items()}
     for file,page in wanted.items():
         if page.startswith('source/'):
             lang = Path(file).suffix[1:] or 'text'
@@ -275,7 +276,7 @@ def build(site):
         if said.lines: raise BuildError('\n'.join(said.lines))
         for f in (tmp/'site').rglob('*.html'): f.write_text(mathml(f.read_text(encoding='utf-8')), encoding='utf-8')
         found = json.loads((index := tmp/'site/search/search_index.json').read_text(encoding='utf-8'))
-        for o in found['docs']: o['text'] = re.sub(r'<pre>.*?</pre>|<[^>]+>', '', o['text'], flags=re.S) # prose is searched, and half as much to fetch
+        for o in found['docs']: o['text'] = ' '.join(re.sub(r'<pre>.*?</pre>|<[^>]+>', '', o['text'], flags=re.S).split()) # prose is searched, and half as much to fetch
         index.write_text(json.dumps(found, ensure_ascii=False), encoding='utf-8')
         if wrong := check(tmp/'site'): raise BuildError('\n'.join(wrong))
         shutil.rmtree(site, ignore_errors=True)
