@@ -51,7 +51,8 @@ def _fence(s, lang='text'):
 def _default(p): return '' if p.default is empty else f"{getattr(p.default, '__name__', repr(p.default))}"
 
 def _docments(obj):
-    "Parameters of `obj` but for `self`, and what it returns"
+    "Parameters of `obj` but for `self`, and what it returns; a class that is made as another library's base class has none to speak of"
+    if inspect.isclass(obj) and not next(c for c in obj.__mro__ if '__init__' in vars(c)).__module__.startswith(pkg): return {},None
     d = docments(obj, full=True, args_kwargs=True)
     return {k:v for k,v in d.items() if k not in ('self','return')},d.get('return')
 
