@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-_quiet = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
+_quiet = '--no-sandbox --disable-dev-shm-usage --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
 
 def find_browser():
     "The path of an installed Chromium or Chrome, that of `CHROMIUM` first; or None"
