@@ -444,7 +444,7 @@ def test_commands_in_the_texts(project):
     "The batch file is valid bash, and the commands know the options that texts show"
     batch = project/'examples'/'pretrain.sbatch'
     assert subprocess.run(['bash', '-n', batch], capture_output=True).stderr==b''
-    cells = json.loads((project/'nbs'/'70_cli.ipynb').read_text())['cells']
+    cells = json.loads((project/'nbs'/'73_cli.ipynb').read_text())['cells']
     text  = '\n'.join(''.join(c['source']) for c in cells if c['cell_type']=='markdown')
     shown = re.findall(r'^ +(?:torchrun .*--no-python )?(ssl_\w+ .*)$', text, re.M) + ['ssl_pretrain '+o for o in re.findall(r'examples/pretrain\.sbatch (photos .*)', batch.read_text())]
     assert len(shown)>=5

@@ -47,7 +47,7 @@ def test_licence_lies_beside_the_sample():
 
 @pytest.mark.skipif(not debian.exists(), reason="needs Debian's dataset-fashion-mnist")
 def test_sample_can_be_drawn_again_by_the_notebook(tmp_path):
-    nb   = json.loads((Path(__file__).parents[1]/'nbs'/'02_data.ipynb').read_text())
+    nb   = json.loads((Path(__file__).parents[1]/'nbs'/'10_data.ipynb').read_text())
     code = next(''.join(c['source']) for c in nb['cells'] if c['cell_type']=='code' and 'def make_sample' in ''.join(c['source']))
     env  = {'np':np, 'fashion_mnist':fashion_mnist}
     exec(code, env)

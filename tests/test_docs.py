@@ -120,8 +120,8 @@ def small(tmp_path, monkeypatch):
     (p/'docs/mkdocs.yml').write_text(yml)
     (p/'self_supervised').mkdir()
     shutil.copy(root/'self_supervised/queue.py', p/'self_supervised')
-    (p/'nbs/index.ipynb').write_text(notebook(md('# Home\n\nSee [queue](07_queue.ipynb#featurequeue), `FeatureQueue`, $a^2$.')))
-    (p/'nbs/07_queue.ipynb').write_text(notebook(code('#| default_exp queue'), md('# queue'), code('#| export\nclass FeatureQueue: pass'), code('#| fig-alt: A dot\nplot()', picture())))
+    (p/'nbs/index.ipynb').write_text(notebook(md('# Home\n\nSee [queue](31_queue.ipynb#featurequeue), `FeatureQueue`, $a^2$.')))
+    (p/'nbs/31_queue.ipynb').write_text(notebook(code('#| default_exp queue'), md('# queue'), code('#| export\nclass FeatureQueue: pass'), code('#| fig-alt: A dot\nplot()', picture())))
     monkeypatch.setattr(build, 'root', p)
     monkeypatch.setattr(build, 'source_of', lambda obj, mod: ('self_supervised/queue.py', 1))
     return p
@@ -141,7 +141,7 @@ def test_no_other_folder_is_replaced(small):
 spoils = [
     ('leads to no file',              lambda p: add(p, md('[gone](99_gone.ipynb)'))),
     ('leads to no file',              lambda p: add(p, md('![a](images/gone.png)'))),
-    ('leads to no place',             lambda p: add(p, md('[gone](07_queue.ipynb#gone)'))),
+    ('leads to no place',             lambda p: add(p, md('[gone](31_queue.ipynb#gone)'))),
     ('leads to no place',             lambda p: add(p, md('<a href="queue.html#gone">gone</a>'))),
     ('leads nowhere',                 lambda p: add(p, md('<a href="gone.html">gone</a>'))),
     ('leads nowhere',                 lambda p: add(p, code('x', dict(output_type='display_data', metadata={}, data={'text/html':'<img src="gone.png" alt="a">'})))),
