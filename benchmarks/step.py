@@ -74,7 +74,7 @@ def ours(steps, new, nf, bs, px, counts, sizes, spent):
 
 def limit(steps, new, nf, bs, px, counts, sizes, spent, layout=torch.channels_last, wrap=lambda m: m):
     "An epoch of `steps` steps on views that are ready"
-    from self_supervised.core import make_views
+    from self_supervised.pipelines import make_views
     m     = swav(wrap(new().to(memory_format=layout)), nf)
     views = [o.contiguous(memory_format=layout) for o in make_views(augs(counts, sizes), pictures(bs, px))]
     opt   = adamw(m)

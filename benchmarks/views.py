@@ -22,7 +22,7 @@ settings = {'2×224 + 6×96 from 256 px': (256,(224,96)), '2×96 + 6×48 from 12
 bs,cores = 32,torch.get_num_threads()
 
 def ours(x, sizes, counts=counts):
-    from self_supervised.core import make_views
+    from self_supervised.pipelines import make_views
     from self_supervised.vision.swav import get_swav_aug_pipelines
     augs = get_swav_aug_pipelines(counts, sizes, *zip(*scales))
     return lambda: make_views(augs, x)

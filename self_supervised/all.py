@@ -3,17 +3,21 @@ from importlib import import_module as _import
 from pkgutil import iter_modules as _modules
 
 from self_supervised import vision as _vision
-from self_supervised.core import *
 from self_supervised.dist import *
+from self_supervised.methods import *
+from self_supervised.basics import *
+from self_supervised.pipelines import *
+from self_supervised.core import *
+from self_supervised.watcher import *
 from self_supervised.data import *
 from self_supervised.augmentations import *
 from self_supervised.layers import *
 from self_supervised.multicrop import *
 from self_supervised.sinkhorn import *
 from self_supervised.queue import *
-from self_supervised.optimizer import *
 from self_supervised.memory import *
 from self_supervised.evaluation import *
+from self_supervised.optimizer import *
 from self_supervised.diagnostics import *
 from self_supervised.checkpoint import *
 from self_supervised.pretrained import *

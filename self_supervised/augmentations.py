@@ -23,7 +23,8 @@ from fasttransform import DisplayedTransform, Pipeline, compose_tfms
 from fastai.vision.augment import Brightness, Contrast, Flip, Hue, RandomResizedCropGPU, Rotate, Saturation, setup_aug_tfms
 from fastai.vision.core import TensorImage, imagenet_stats
 
-from .core import assert_aug_pipelines, check_size, notice_once, show_views
+from .basics import check_size, warn_once
+from .pipelines import assert_aug_pipelines, show_views
 
 # %% ../nbs/15_augmentations.ipynb #28156343
 _all_ = ['assert_aug_pipelines', 'show_views']
@@ -278,7 +279,7 @@ class RandomRotate(BatchTransform):
     def apply(self, x, degrees): return rotate(x, degrees)
 
 def _needs_rgb(shape):
-    if shape[1]!=3: notice_once(f'images with {shape[1]} channel(s): the colour operations that need RGB are left out')
+    if shape[1]!=3: warn_once(f'images with {shape[1]} channel(s): the colour operations that need RGB are left out')
     return shape[1]==3
 
 class RandomJitter(BatchTransform):

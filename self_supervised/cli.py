@@ -188,13 +188,13 @@ def _labelled_dls(data, size, resize, n_in, bs=256, workers=None, valid_pct=.2, 
 
 def _sizes(size, resize=None):
     "(h,w) of images, and what they are cut from: 256 for 224, and small images as they are"
-    from self_supervised.core import check_size
+    from self_supervised.basics import check_size
     def one(o): return o[0] if isinstance(o, (list,tuple)) and len(o)==1 else o
     size = check_size(one(size))
     return size,check_size(one(resize)) if resize else tuple(o*8//7 if min(size)>=96 else o for o in size)
 
 # %% ../nbs/73_cli.ipynb #829d773e
-class _Question:
+class _Judge:
     "An encoder, data to judge it on, and where to write the answer"
     def __init__(self,
         encoder:str, # folder of a run, file, released name, or random:ARCH
@@ -233,7 +233,7 @@ class _Question:
 
 # %% ../nbs/73_cli.ipynb #608ade7d
 @_command
-@delegates(_Question)
+@delegates(_Judge)
 def ssl_knn(
     encoder:str, # folder of a run, file, released name, or random:ARCH
     data:str, # folder with one folder for each class, or with train/ and val/ of that kind
@@ -243,12 +243,12 @@ def ssl_knn(
     **kwargs
 ): # `Result`
     "Classify each image by its nearest neighbours: no training, the quickest answer"
-    q = _Question(encoder, data, **kwargs)
+    q = _Judge(encoder, data, **kwargs)
     from self_supervised.evaluation import knn
     return q.answer(knn(q.encoder, q.dls(), k=k, temp=temp, stats=q.stats, half=half))
 
 @_command
-@delegates(_Question)
+@delegates(_Judge)
 def ssl_linear(
     encoder:str, # folder of a run, file, released name, or random:ARCH
     data:str, # folder with one folder for each class, or with train/ and val/ of that kind
@@ -264,7 +264,7 @@ def ssl_linear(
 ): # `Result`
     "Train a linear classifier on frozen features: by default the protocol of the papers, SGD on random crops"
     if n_per_class and not logistic: raise ValueError('--n-per-class belongs to --logistic; with SGD, and fine-tuning, there is ssl_semisup')
-    q = _Question(encoder, data, **kwargs)
+    q = _Judge(encoder, data, **kwargs)
     from self_supervised.evaluation import linear_probe, sgd_probe
     if logistic: return q.answer(linear_probe(q.encoder, q.dls(), C=c, n_per_class=n_per_class, seeds=seeds, stats=q.stats))
     return q.answer(sgd_probe(q.encoder, q.dls(views=True), epochs, lr, schedule, q.dls_args['bs'], wd, q.size, seeds=seeds, stats=q.stats))
@@ -280,7 +280,7 @@ def _part(s):
 _part.__name__ = 'part'
 
 @_command
-@delegates(_Question)
+@delegates(_Judge)
 def ssl_semisup(
     encoder:str, # folder of a run, file, released name, or random:ARCH
     data:str, # folder with one folder for each class, or with train/ and val/ of that kind
@@ -294,7 +294,7 @@ def ssl_semisup(
 ): # `Result`
     "Fine-tune encoder and linear layer on a few labels"
     if (pct is None)==(n_per_class is None): raise ValueError('give --pct (1%, 10%) or --n-per-class, one of them')
-    q = _Question(encoder, data, **kwargs)
+    q = _Judge(encoder, data, **kwargs)
     from self_supervised.evaluation import fine_tune
     return q.answer(fine_tune(q.encoder, q.dls(views=True), pct, n_per_class, epochs, lr, lr_head, size=q.size, bs=q.dls_args['bs'], seeds=seeds, stats=q.stats))
 
@@ -313,9 +313,9 @@ def ssl_export(
     if layout=='ours': shutil.copyfile(_finished(file, home), out)
     else:
         from fastai.vision.all import torch
-        from self_supervised.pretrained import layout_state
+        from self_supervised.pretrained import to_layout
         whole = layout=='official' and Path(run).is_dir() and any(home.glob('checkpoints/*.ckpt')) # with projector and prototypes
-        torch.save(layout_state(_learner_of(home)[0] if whole else _open(run, None, None)[0], layout), out)
+        torch.save(to_layout(_learner_of(home)[0] if whole else _open(run, None, None)[0], layout), out)
     print(f'{out} holds the weights of {run} in the layout {layout}')
     return out
 
@@ -346,7 +346,8 @@ def _save(axes, path):
 def _save_views(learn, n=4):
     "Draw the views of `n` images, and leave no trace in the random generators"
     from fastai.vision.all import Tensor, no_random, torch
-    from self_supervised.core import SSLCallback, make_views, show_views
+    from self_supervised.pipelines import make_views, show_views
+    from self_supervised.core import SSLCallback
     augs,ds = next(o for o in learn.cbs if isinstance(o, SSLCallback)).aug_pipelines,learn.dls.train.dataset
     with no_random(reproducible=False):
         x = torch.stack([ds[i][0].as_subclass(Tensor) for i in range(min(n, len(ds)))])
@@ -363,7 +364,7 @@ def _save_curves(learn):
 # %% ../nbs/73_cli.ipynb #415c4ad7
 def _loggers(out, tensorboard, wandb, said):
     "The callbacks that were asked for, on the first process"
-    from self_supervised.core import Watcher
+    from self_supervised.watcher import Watcher
     def watcher(cls, **events): return type(cls.__name__, (cls,Watcher), events) # `Checkpoint` lets watchers come and go
     res = []
     if tensorboard:
@@ -449,7 +450,7 @@ def ssl_pretrain(
     from fastai.vision.all import set_seed, torch
     from fastprogress import fastprogress
     from self_supervised.checkpoint import Checkpoint, _commit
-    from self_supervised.core import Watcher
+    from self_supervised.watcher import Watcher
     from self_supervised.data import _list_images, image_dls
     from self_supervised.diagnostics import CollapseMonitor
     from self_supervised.evaluation import OnlineKNN

@@ -24,7 +24,7 @@ from fastai.torch_core import TensorCategory, TensorImage, TensorImageBW, defaul
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .core import check_size
+from .basics import check_size
 
 warnings.filterwarnings('ignore', 'Your generator is empty', module='fastprogress') # an empty validation loader is legal here
 

@@ -35,7 +35,8 @@ from fastai.optimizer import SGD
 from fastai.torch_core import get_model, no_random
 
 from .augmentations import NormalizeView, RandomCropResize, RandomFlip, ViewPipeline, unit_float
-from .core import SSLCallback, Watcher
+from .core import SSLCallback
+from .watcher import Watcher
 from .dist import all_reduce, rank, world_size
 from .layers import model_splitter
 

@@ -26,7 +26,9 @@ from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 from .cli import _command
-from .core import check_size, make_views, ssl_methods
+from .methods import ssl_methods
+from .basics import check_size
+from .pipelines import make_views
 from .data import _list_images, open_image
 from .vision import simclr, swav # noqa: F401 (registers the methods)
 

@@ -131,13 +131,13 @@ class SimCLR(_Module, SimCLRModel):
         pretrained:bool|str|Path=False, # load the library's weights, or released ones (see `create_encoder`)
         dynamic_img_size:bool=True, # let a vision transformer take views of any size
         n_in:int=3, # channels of the images, for an encoder by name
-        even:bool=False, # every process has as many images as the others, always; then they need not ask each other
+        equal_sizes:bool=False, # every process has as many images as the others, always; then they need not ask each other
     ):
         if temperature<=0: raise ValueError(f'temperature={temperature} must be positive: 0.05 to 0.5 are usual')
         encoder = _encoder(encoder_name, low_resolution, pretrained, dynamic_img_size, n_in)
         dim = encoder_dim(encoder)
         super().__init__(encoder, create_simclr_model(encoder, *_check_dims(projector_dims), n_features=dim).projector)
-        self.embed_dim,self.temperature,self.even = dim,temperature,even
+        self.embed_dim,self.temperature,self.equal_sizes = dim,temperature,equal_sizes
 
     def loss(self,
         feats:Tensor, # (V·B,F) features of all views, view by view
@@ -146,5 +146,5 @@ class SimCLR(_Module, SimCLRModel):
     ) -> tuple: # loss, a scalar, and projections (V·B,D)
         "NT-Xent, joined over processes"
         z = self.projector(feats)
-        loss = all_mean(nt_xent_loss(z, self.temperature, n_views, self.even), len(z)//n_views)
+        loss = all_mean(nt_xent_loss(z, self.temperature, n_views, self.equal_sizes), len(z)//n_views)
         return loss,F.normalize(z, dim=1)

@@ -29,11 +29,11 @@ class FeatureQueue(nn.Module):
     @torch.no_grad()
     def push(self,
         z:Tensor, # (A,B,D) projections of this batch on this rank
-        even:bool=False, # all ranks have as many (see `rank_sizes`)
+        equal_sizes:bool=False, # all ranks have as many (see `rank_sizes`)
     ):
         "Remember `z` of all ranks and forget what is oldest"
         z = z.detach().transpose(0,1)
-        z = all_gather(z, rank_sizes(z, even)).transpose(0,1)
+        z = all_gather(z, rank_sizes(z, equal_sizes)).transpose(0,1)
         old = [self.feats] if len(self.feats) else []
         self.feats = torch.cat([z.to(self.feats), *old], 1)[:, :self.length]
 

@@ -24,12 +24,14 @@ from fastai.optimizer import SGD, Adam
 from fastai.torch_core import no_random
 from torch import nn
 
-from .core import SSLCallback, _method_recipes, check_size, notice_once, ssl_methods
+from . import vision
+from .basics import check_size, warn_once
+from .core import SSLCallback
 from .data import no_loss
 from .dist import world_size
 from .layers import create_encoder, encoder_channels
+from .methods import ssl_methods
 from .optimizer import LARC, LARS, warmup_cos
-from . import vision
 
 for _o in iter_modules(vision.__path__): import_module(f'self_supervised.vision.{_o.name}') # they register their methods
 
@@ -117,6 +119,7 @@ class Recipe:
 
 # %% ../nbs/67_recipes.ipynb #ddfefc7a
 _recipes = {}
+_adam    = dict(bs=128, lr=4e-3, wd=.01) # of the small recipes
 
 def register_recipe(
     recipe:Recipe, # its name is the one it is found by
@@ -127,11 +130,12 @@ def register_recipe(
 
 def _known():
     "All recipes, with those that methods have brought along since"
-    for nm,(method,like,changes) in _method_recipes.items():
-        if nm in _recipes: continue
-        names = Recipe('', method).names
-        rest  = {k:v for k,v in _recipes[like].settings.items() if k in names} if like else {}
-        register_recipe(Recipe(nm, method, **(rest | changes)))
+    for method,m in ssl_methods().items():
+        for nm,changes in m.recipes.items():
+            if nm in _recipes: continue
+            names,like = Recipe('', method).names,changes.get('like')
+            rest = {k:v for k,v in _recipes[like].settings.items() if k in names} if like else {}
+            register_recipe(Recipe(nm, method, **(rest | {k:v for k,v in changes.items() if k!='like'})))
     return _recipes
 
 def recipes() -> list: # of names
@@ -145,49 +149,6 @@ def get_recipe(
     "The recipe called `name`"
     if name not in _known(): raise ValueError(f'{name!r} is not the name of a recipe{_near(name, recipes())}')
     return _recipes[name].new(**settings)
-
-# %% ../nbs/67_recipes.ipynb #2d524011
-_swav = Recipe('swav', 'swav', wd_bn_bias=True, freeze_epochs=1., queue_start_epoch=15.,
-               num_crops=(2,6), crop_sizes=(224,96), min_scales=(.14,.05), max_scales=(1.,.14), jitter_s=1., jitter_p=.8, bw_p=.2, blur_p=.5, blur_s=(.1,2.),
-               hidden_size=2048, projection_size=128, n_protos=3000, crop_assgn_ids=(0,1), K=None, temp=.1, eps=.05, n_sinkh_iter=3)
-_small_batch = dict(bs=256, lr=.6, lr_start=.6, lr_final=.0006, warmup_epochs=0., K=3840)
-_wide        = dict(epochs=400, num_crops=(2,4), hidden_size=8192)
-
-for _name,_top1,_changes in [
-    ('swav_100ep',        72.1, dict(epochs=100)),
-    ('swav_200ep',        73.9, dict(epochs=200)),
-    ('swav_400ep',        74.6, dict(epochs=400)),
-    ('swav_800ep',        75.3, dict(epochs=800)),
-    ('swav_200ep_bs256',  72.7, dict(epochs=200, **_small_batch)),
-    ('swav_400ep_bs256',  74.3, dict(epochs=400, **_small_batch)),
-    ('swav_400ep_2x224',  70.1, dict(epochs=400, num_crops=(2,), crop_sizes=(224,), min_scales=(.08,), max_scales=(1.,))),
-    ('swav_RN50w2_400ep', 77.3, dict(arch='resnet50w2', **_wide)),
-    ('swav_RN50w4_400ep', 77.9, dict(arch='resnet50w4', bs=2560, lr=4.8, lr_start=.3, lr_final=.0048, K=2560, queue_start_epoch=0., min_scales=(.08,.08), **_wide)),
-    ('swav_RN50w5_400ep', 78.5, dict(arch='resnet50w5', bs=1536, lr=4.8, lr_start=.1875, lr_final=0., K=1536, queue_start_epoch=0., **{**_wide, 'hidden_size':10240})),
-]: register_recipe(_swav.new(name=_name, about=f'Official run of Caron et al. 2020; ImageNet, linear: {_top1} % top-1.', **_changes))
-
-# %% ../nbs/67_recipes.ipynb #3d2f4b57
-_simclr = Recipe('simclr', 'simclr', opt='lars', lr=4.8, lr_start=0., lr_final=0., size=224, resize_scale=(.08,1.), jitter_s=1., jitter_p=.8, bw_p=.2,
-                 blur_p=.5, blur_s=(.1,2.), hidden_size=2048, projection_size=128, bn=True, temp=.1)
-
-for _name,_about,_changes in [
-    ('simclr_v1_100ep',  'Default run of Chen et al. 2020; ImageNet, linear: 64.5 % top-1.', dict(epochs=100)),
-    ('simclr_v1_1000ep', 'Chen et al. 2020; ImageNet, linear: 69.3 % top-1.', dict(epochs=1000)),
-    ('simclr_v2_800ep',  'ResNet-50 of Chen et al. 2020b; ImageNet, linear: 71.7 % top-1.', dict(epochs=800, lr=6.4, wd=1e-4, warmup_epochs=40., nlayers=3)),
-    ('simclr_cifar10',   'Command for CIFAR-10 in the README of the code of Chen et al. 2020; linear: about 91 %.',
-     dict(arch='resnet18', low_resolution=True, bs=512, epochs=1000, lr=2., size=32, jitter_s=.5, blur=False, hidden_size=512, temp=.5)),
-]: register_recipe(_simclr.new(name=_name, about=_about, **_changes))
-
-# %% ../nbs/67_recipes.ipynb #947bf656
-_small = dict(bs=128, epochs=12, opt='adam', lr_start=4e-4, lr=4e-3, lr_final=4e-6, warmup_epochs=1., mom=.9, wd=.01, precision='fp32', arch='test_resnet', low_resolution=True,
-              jitter_s=.5, bw=False, blur=False, hidden_size=512, bn=True, temp=.1)
-
-def _ours(a, b, c): return ('Ours: Fashion-MNIST, 5,000 images, seeds 0 to 2, commit 0fa7550, 1,000 test images in %: '
-                            f'k-NN(20) {a}, linear on ten labels a class {b}, on all {c}.')
-
-register_recipe(Recipe('swav_small', 'swav', _ours('80.6 ± 0.5', '73.4 ± 0.9', '85.6 ± 0.5'), num_crops=(2,4), crop_sizes=(28,14), min_scales=(.4,.1), max_scales=(1.,.4), n_protos=100,
-                       crop_assgn_ids=(0,1), K=None, freeze_epochs=.5, **_small))
-register_recipe(Recipe('simclr_small', 'simclr', _ours('80.2 ± 1.6', '70.3 ± 1.2', '85.4 ± 0.3'), size=28, resize_scale=(.4,1.), **_small));
 
 # %% ../nbs/67_recipes.ipynb #9a8d65f1
 def setting_info() -> dict: # name → dict(anno, default, docment)
@@ -263,7 +224,7 @@ def fit(self:Recipe,
     bs,r = each*world_size(),self
     if bs!=self.bs:
         r = self.new(bs=bs)
-        notice_once(f'batches of {bs} images instead of the {self.bs} of {self.name}: the learning rate follows, {self.lr:.4g} → {r.lr:.4g}')
+        warn_once(f'batches of {bs} images instead of the {self.bs} of {self.name}: the learning rate follows, {self.lr:.4g} → {r.lr:.4g}')
     if self.freeze_epochs is not None: cb.freeze_prototypes_niters = round(self.freeze_epochs*(getattr(dl, 'n', None) or len(dl)*each)/bs)
     if self.queue_start_epoch is not None: cb.queue_start_pct = min(self.queue_start_epoch/self.epochs, 1.)
     sched = ParamScheduler({'lr':warmup_cos(r.lr_start, r.lr, r.lr_final, r.warmup_epochs/r.epochs)})
@@ -321,8 +282,8 @@ def suggest(self:Recipe,
     if why: change(why[0], bs=max(2**(bs//gpus).bit_length()//2, 2)*gpus)
 
     if res.bs<256 and self.opt in ('larc','lars'):
-        lr = _small['lr']*(res.bs/_small['bs'])**.5
-        change('LARC and LARS are for large batches; this is the Adam of the small recipes, at your batch', opt='adam', lr=lr, lr_start=lr/10, lr_final=lr/1000, wd=_small['wd'], wd_bn_bias=False)
+        lr = _adam['lr']*(res.bs/_adam['bs'])**.5
+        change('LARC and LARS are for large batches; this is the Adam of the small recipes, at your batch', opt='adam', lr=lr, lr_start=lr/10, lr_final=lr/1000, wd=_adam['wd'], wd_bn_bias=False)
 
     if 'K' in self.args:
         K = 15*res.bs

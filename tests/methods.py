@@ -6,7 +6,7 @@ from fastai.learner import Learner
 from torch import nn
 
 import self_supervised.all # noqa: F401 (registers the methods)
-from self_supervised.core import ssl_methods
+from self_supervised.methods import ssl_methods
 from self_supervised.data import tensor_dls
 
 methods = ssl_methods()

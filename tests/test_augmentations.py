@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from self_supervised import augmentations as A
 from self_supervised.augmentations import *
-from self_supervised.core import make_views, notice_once
+from self_supervised.basics import warn_once
+from self_supervised.pipelines import make_views
 from self_supervised.data import fashion_mnist
 
 tol    = 2/255
@@ -625,7 +626,7 @@ def test_large_batches_are_worked_on_in_parts(monkeypatch):
 
 @every
 def test_one_notice_for_what_needs_rgb(f):
-    notice_once.cache_clear()
+    warn_once.cache_clear()
     pipes = [f(s, bw_p=1., jitter_p=1., stats=None) for s in (16,16,8,8,8,8,8,8)]
     with warnings.catch_warnings(record=True) as w:
         warnings.simplefilter('always')
@@ -633,7 +634,7 @@ def test_one_notice_for_what_needs_rgb(f):
             for p in pipes: p(torch.rand(2,1,20,20))
     w = [str(o.message) for o in w if 'channel' in str(o.message)]
     assert len(w)==1 and '1 channel' in w[0] and 'RGB' in w[0]
-    notice_once.cache_clear()
+    warn_once.cache_clear()
     with warnings.catch_warnings(record=True) as w:
         warnings.simplefilter('always')
         for p in pipes: p(torch.rand(2,3,20,20))

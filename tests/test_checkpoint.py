@@ -17,8 +17,8 @@ from fastai.vision.augment import RandTransform
 from torch import nn
 
 from self_supervised import checkpoint
-from self_supervised.checkpoint import Checkpoint, _batches_after, _rngs, encoder_info, load_encoder, read_whole, write_whole
-from self_supervised.core import Watcher
+from self_supervised.checkpoint import Checkpoint, _batches_after, _rngs, encoder_info, load_encoder, read_checked, write_atomic
+from self_supervised.watcher import Watcher
 from self_supervised.data import tensor_dls
 from self_supervised.dist import world_size
 from self_supervised.layers import checkpoint_encoder, create_encoder, create_timm_encoder
@@ -273,11 +273,11 @@ def test_damage(tmp_path):
     learn = make(tmp_path); fit(learn)
     old,new = learn.checkpoint.files
     good,rng = new.read_bytes(),random.Random(0)
-    want = read_whole(old)['train_iter']
+    want = read_checked(old)['train_iter']
     for i in range(40):
         n = rng.randrange(len(good))
         new.write_bytes(good[:n] if i%2 else good[:n]+bytes([good[n]^(1<<rng.randrange(8))])+good[n+1:])
-        with pytest.raises(ValueError, match=new.name+' is damaged'): read_whole(new)
+        with pytest.raises(ValueError, match=new.name+' is damaged'): read_checked(new)
     again = make(tmp_path)
     with pytest.warns(UserWarning, match=new.name+' is damaged'): assert again.resume()==old
     assert again.checkpoint._saved['train_iter']==want
@@ -289,20 +289,20 @@ def test_damage(tmp_path):
 def test_writing_fails(tmp_path, monkeypatch):
     "The disk is full, or the process dies: the old file is there"
     f = tmp_path/'x'
-    write_whole({'a':1}, f)
+    write_atomic({'a':1}, f)
     for nm in ('fsync','replace'):
         with monkeypatch.context() as m:
             m.setattr(os, nm, lambda *args: (_ for _ in ()).throw(OSError('full')))
-            with pytest.raises(OSError): write_whole({'a':2}, f)
-        assert read_whole(f)=={'a':1}
+            with pytest.raises(OSError): write_atomic({'a':2}, f)
+        assert read_checked(f)=={'a':1}
 
 class Evil:
     def __reduce__(self): return os.system, ('echo evil > /dev/null',)
 
 def test_no_code_from_files(tmp_path):
     "A file with a right sum that asks for a function to be called"
-    write_whole({'a':Evil()}, tmp_path/'x')
-    with pytest.raises(Exception, match='(?i)weights.?only|unsupported') as e: read_whole(tmp_path/'x')
+    write_atomic({'a':Evil()}, tmp_path/'x')
+    with pytest.raises(Exception, match='(?i)weights.?only|unsupported') as e: read_checked(tmp_path/'x')
     assert 'system' in str(e.value)
 
 

@@ -7,9 +7,9 @@ import numpy as np, psutil, pytest, timm, torch, torchvision
 from PIL import Image
 
 from self_supervised import cli
-from self_supervised.all import (create_encoder, create_swav_model, encoder_info, fashion_mnist, fine_tune, knn, linear_probe, load_encoder, read_whole,
+from self_supervised.all import (create_encoder, create_swav_model, encoder_info, fashion_mnist, fine_tune, knn, linear_probe, load_encoder, read_checked,
                                  sgd_probe, tensor_dls)
-from self_supervised.checkpoint import write_whole
+from self_supervised.checkpoint import write_atomic
 from self_supervised.pretrained import create_official_model
 from self_supervised.recipes import get_recipe, recipes, setting_info
 
@@ -104,7 +104,7 @@ def accuracy(encoders):
 
 def check_saved(out, done):
     "The newest checkpoint is whole, and of the first epoch that is not in the table, or its last step"
-    saved = read_whole(max((out/'checkpoints').glob('*.ckpt')))
+    saved = read_checked(max((out/'checkpoints').glob('*.ckpt')))
     create_swav_model(tiny_encoder(), hidden_size=256, n_protos=30).load_state_dict(saved['model'])
     assert 0 <= saved['train_iter']-steps_per_epoch*len(done) <= steps_per_epoch+1
 
@@ -169,7 +169,7 @@ def make_run(out, **settings):
         if isinstance(o, torch.nn.BatchNorm2d): o.running_mean.uniform_(-1, 1)
     (out/'checkpoints').mkdir(parents=True)
     (out/'settings.json').write_text(json.dumps(dict(recipe=r.name, method=r.method, settings=r.settings, run=dict(n_in=3))))
-    write_whole({'model':learn.model.state_dict()}, out/'checkpoints'/'fit01-step000000001.ckpt')
+    write_atomic({'model':learn.model.state_dict()}, out/'checkpoints'/'fit01-step000000001.ckpt')
     return learn.model.eval()
 
 def test_export_for_others(tmp_path):

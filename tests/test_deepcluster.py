@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import methods, reference
 from self_supervised.core import SSLCallback
-from self_supervised.checkpoint import read_whole
+from self_supervised.checkpoint import read_checked
 from self_supervised.data import no_loss, tensor_dls
 from self_supervised.diagnostics import CollapseMonitor
 from self_supervised.dist import rank
@@ -260,7 +260,7 @@ def test_resume_on_another_number_of_processes(tmp_path, name):
     "Saved in the first epoch by two, read by one: it goes on with the memory, labels and prototypes of all images"
     on_ranks(dict(deepcluster=two_deepcluster, sela=two_sela)[name], tmp_path, 2)
     learn = make(tmp_path/'run', name, seed=7, steps=None)
-    saved = read_whole(learn.checkpoint.files[-1])
+    saved = read_checked(learn.checkpoint.files[-1])
     (nm,cb), = [(k,o) for k,o in saved['cbs'].items() if 'memory' in o]
     assert (saved['epoch'], saved['batch'])==(0, 2) and cb['memory'].shape==(2,40,8) and cb['labels'].shape==(3,40) and '_kept' not in cb
     seen = []
@@ -312,7 +312,7 @@ def test_constant_encoder_warns(name):
         warnings.simplefilter('always')
         quiet(learn, 2)
     said = [str(o.message) for o in w if 'looks like a collapse' in str(o.message)]
-    assert len(said)==1 and 'embedding std 0' in said[0]
+    assert len(said)==1 and 'projection std 0' in said[0]
     cls,other = methods.methods[name].callback,{'deepcluster':'sela', 'sela':'deepcluster'}[name]
     assert f'create_{name}_model(n_protos=5), now 10' in said[0] and f'get_{name}_aug_pipelines' in said[0] and other not in said[0]
     for arg in re.findall(rf'{cls.__name__}\((\w+)=', said[0]): assert arg in methods.taken(cls, **{arg:0})

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from self_supervised.core import SSLCallback
 from self_supervised.data import fashion_mnist, tensor_dls
-from self_supervised.diagnostics import CollapseMonitor, code_stats, effective_rank, embedding_std
+from self_supervised.diagnostics import CollapseMonitor, code_stats, effective_rank, projection_std
 from self_supervised.vision.simclr import SimCLR, create_simclr_model, get_simclr_aug_pipelines
 from self_supervised.vision.swav import SWAV, create_swav_model, get_swav_aug_pipelines
 
@@ -54,10 +54,10 @@ def test_embedding_std():
     z = torch.randn(30,8)
     rows = [[v/math.sqrt(sum(o*o for o in r)) for v in r] for r in z.tolist()]
     want = sum(np.std([r[j] for r in rows]) for j in range(8))/8*math.sqrt(8)
-    assert embedding_std(z).item()==pytest.approx(want, rel=1e-5) and embedding_std(9*z).item()==pytest.approx(want, rel=1e-5)
-    assert embedding_std(torch.ones(30,8)).item()==0
-    assert embedding_std(torch.cat([torch.eye(8),-torch.eye(8)])).item()==pytest.approx(1) # corners in all directions
-    assert embedding_std(torch.randn(20000,8)).item()==pytest.approx(1, abs=.01)
+    assert projection_std(z).item()==pytest.approx(want, rel=1e-5) and projection_std(9*z).item()==pytest.approx(want, rel=1e-5)
+    assert projection_std(torch.ones(30,8)).item()==0
+    assert projection_std(torch.cat([torch.eye(8),-torch.eye(8)])).item()==pytest.approx(1) # corners in all directions
+    assert projection_std(torch.randn(20000,8)).item()==pytest.approx(1, abs=.01)
 
 def slow_stats(codes):
     "Entropies and prototypes in use of (B,K) codes by loops; the expected number in use by going through all choices of B samples, or by drawing"
@@ -138,10 +138,10 @@ class Views(nn.Module):
 
 def test_method_that_has_little():
     learn = plain_learner(every=1, warmup=0, patience=2)
-    learn.collapse_monitor.healthy['std'] = ('embedding std', 2., math.inf)
+    learn.collapse_monitor.healthy['std'] = ('projection std', 2., math.inf)
     said, = told(learn, 2)
     assert list(learn.collapse_monitor.history)==['step','std','rank'] and learn.recorder.metric_names[3:-1]==['std','rank']
-    assert 'embedding std' in said and 'lr=' in said and 'prototypes' not in said
+    assert 'projection std' in said and 'lr=' in said and 'prototypes' not in said
     assert learn.collapse_monitor.queue_jump is None and len(learn.collapse_monitor.plot())==2
 
 def trace(learn):
@@ -185,7 +185,7 @@ def test_lr_find(name):
 def test_second_fit():
     "A new history, and it may warn again"
     learn = monitored(every=1, patience=2, warmup=0)
-    learn.collapse_monitor.healthy['std'] = ('embedding std', 2., math.inf)
+    learn.collapse_monitor.healthy['std'] = ('projection std', 2., math.inf)
     assert len(told(learn, 2))==1 and learn.collapse_monitor.history['step']==list(range(1,11))
     assert len(told(learn, 1))==1 and learn.collapse_monitor.history['step']==list(range(1,6))
 
@@ -256,7 +256,7 @@ def test_patience_and_warmup():
     assert judged(*[bad]*4, patience=5, warmup=0)[1]==[]
     assert judged(*[bad]*4, {}, *[bad]*4, patience=5, warmup=0)[1]==[] # not in a row
     m,said = judged(*[bad]*30, patience=5, warmup=0)
-    assert len(said)==1 and said[0]==m.warning and 'for 5 checks up to step 5: embedding std 0.01 (healthy: 0.1 or more).' in said[0]
+    assert len(said)==1 and said[0]==m.warning and 'for 5 checks up to step 5: projection std 0.01 (healthy: 0.1 or more).' in said[0]
     assert judged(*[bad]*14, patience=5, warmup=10)[1]==[] and 'up to step 15' in judged(*[bad]*15, patience=5, warmup=10)[1][0]
 
 def test_default_warmup():
@@ -310,7 +310,7 @@ def test_remedies_by_sign():
 
 def test_remedies_of_simclr():
     learn = monitored('simclr', every=1, patience=1, warmup=0)
-    learn.collapse_monitor.healthy['std'] = ('embedding std', 2., math.inf)
+    learn.collapse_monitor.healthy['std'] = ('projection std', 2., math.inf)
     tips = order(told(learn, 1)[0])
     assert tips[0].startswith('lr=') and 'SimCLR(temp=0.2), now 0.07' in tips and 'create_simclr_model(bn=True), now False' in tips and 'a batch of 64 or more, now 8' in tips
     assert not any(o in t for t in tips for o in ('eps','protos','SWAV','freeze'))
@@ -344,7 +344,7 @@ def test_queue_start_is_the_first_step_with_it():
 
 def test_stop():
     learn = monitored(every=1, patience=3, warmup=2, stop=True)
-    learn.collapse_monitor.healthy['std'] = ('embedding std', 2., math.inf)
+    learn.collapse_monitor.healthy['std'] = ('projection std', 2., math.inf)
     said, = told(learn, 5)
     assert said.endswith('The fit ends here (stop=True).') and learn.train_iter==5 and learn.collapse_monitor.history['step']==[1,2,3,4,5]
 
@@ -391,9 +391,9 @@ def run(encoder=conv, bs=32, steps=200, lr=1e-3, bn=True, n_protos=100, crops=(2
     said = told(learn, 2, lr)
     return learn.collapse_monitor,said
 
-sick = dict(constant=(dict(encoder=Constant), ['loss − chance','embedding std 0 ','effective rank 1 ','entropy of codes 1 ','prototypes in use','show()']),
-            constant_simclr=(dict(encoder=Constant, method='simclr'), ['loss − chance','embedding std 0 ','effective rank 1 ','1. lr=']),
-            lr_100_times=(dict(encoder=lambda: conv(None), bn=False, lr=.3), ['embedding std','effective rank 1 ','1. lr=0.03 or lower, now 0.3']),
+sick = dict(constant=(dict(encoder=Constant), ['loss − chance','projection std 0 ','effective rank 1 ','entropy of codes 1 ','prototypes in use','show()']),
+            constant_simclr=(dict(encoder=Constant, method='simclr'), ['loss − chance','projection std 0 ','effective rank 1 ','1. lr=']),
+            lr_100_times=(dict(encoder=lambda: conv(None), bn=False, lr=.3), ['projection std','effective rank 1 ','1. lr=0.03 or lower, now 0.3']),
             protos=(dict(encoder=lambda: conv(None), bn=False, bs=8, n_protos=3000, crops=(2,4), seed=1), ['effective rank','1. a batch of 64 or more, now 8','create_swav_model(n_protos=10), now 3000']),
             queue=(dict(lr=3e-3, K=2048, queue_start_pct=0.), ['when the queue started, after step 64','1. SWAV(K=128), now 2048']))
 
@@ -419,7 +419,7 @@ def two(folder):
     from self_supervised.dist import rank
     torch.manual_seed(0)
     learn = Learner(tensor_dls(images(), images(12), bs=4), model('swav'), path=folder, cbs=[callback('swav'), CollapseMonitor(every=1, patience=2, warmup=2, stop=True)])
-    learn.collapse_monitor.healthy = {'std': ('embedding std', 2. if rank() else 0., math.inf)}
+    learn.collapse_monitor.healthy = {'std': ('projection std', 2. if rank() else 0., math.inf)}
     with learn.distrib_ctx(): said = told(learn, 4)
     m = learn.collapse_monitor
     return dict(steps=m.history['step'], warning=m.warning, said=len(said), at=learn.train_iter, std=m.history['std'], loss=m.history['loss-chance'])

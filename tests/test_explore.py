@@ -8,7 +8,8 @@ from torchvision.transforms.v2 import functional as tvF
 from browser import browser, new_page # noqa: F401 (a fixture)
 from self_supervised import explore
 from self_supervised.augmentations import get_batch_augs
-from self_supervised.core import make_views, ssl_methods
+from self_supervised.methods import ssl_methods
+from self_supervised.pipelines import make_views
 from self_supervised.data import open_image
 from self_supervised.explore import (boxes_picture, crop_areas, example_images, read_image, seeded_views, ssl_explore, view_changes, view_kinds,
                                      view_settings, views_call, views_picture, views_seconds)

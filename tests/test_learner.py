@@ -25,7 +25,7 @@ from torch import nn
 
 from self_supervised import core
 from self_supervised.augmentations import *
-from self_supervised.core import notice_once
+from self_supervised.basics import warn_once
 from self_supervised.data import image_dls, tensor_dls
 from self_supervised.layers import *
 from self_supervised.vision.simclr import *
@@ -393,7 +393,7 @@ def test_empty_folder(tmp_path):
     with pytest.raises(ValueError, match=tmp_path.name): image_dls(tmp_path)
 
 def notices(learn):
-    notice_once.cache_clear()
+    warn_once.cache_clear()
     with warnings.catch_warnings(record=True) as w:
         warnings.simplefilter('always'); quiet(learn, 1)
     return [str(o.message) for o in w if o.category is UserWarning]

@@ -226,7 +226,7 @@ def test_files(make, tmp_path):
     assert 1 < len(ax.images) <= 9
 
 def test_unknown_normalisation_is_drawn_rescaled():
-    core.notice_once.cache_clear()
+    core.warn_once.cache_clear()
     x = torch.randn(10,1,4,4, generator=torch.Generator().manual_seed(0))
     with pytest.warns(UserWarning, match='drawn rescaled') as w:
         for _ in range(2): axes = show_neighbors(nn.Flatten(), torch_dl(x), [0,1], k=9)

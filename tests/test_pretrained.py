@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from methods import quiet
 from self_supervised.all import SWAV, create_encoder, create_model, create_timm_encoder, get_swav_aug_pipelines, load_encoder, tensor_dls
-from self_supervised.core import ssl_methods
+from self_supervised.methods import ssl_methods
 from self_supervised.layers import CheckpointSequential
-from self_supervised.pretrained import create_official_model, layout_state, load_official, official_weights, read_official
+from self_supervised.pretrained import create_official_model, to_layout, load_official, official_weights, read_official
 from self_supervised import layers
 
 pytestmark = pytest.mark.slow
@@ -149,9 +149,9 @@ def test_wide(x, tmp_path):
     model = create_official_model(file)
     assert model.projector[0].in_features==4096 and model.projector[0].out_features==16 and model.encoder.made_with['arch']=='resnet50w2'
     assert timm.is_model('resnet50w4')
-    state = layout_state(model, 'official')
+    state = to_layout(model, 'official')
     assert {k:v.shape for k,v in state.items()}=={k:v.shape for k,v in torch.load(file).items()}
-    with pytest.raises(ValueError, match='torchvision has no resnet50w2; timm has'): layout_state(model, 'torchvision')
+    with pytest.raises(ValueError, match='torchvision has no resnet50w2; timm has'): to_layout(model, 'torchvision')
     with pytest.raises(ValueError, match=r'layer1\.0\.conv1\.weight: \(128, 128, 1, 1\) in the file, \(64, 64, 1, 1\) here'): create_encoder('resnet50', pretrained=file)
 
 @pytest.mark.parametrize('w,millions', [(2,94), (4,375), (5,586)])
@@ -190,11 +190,11 @@ def test_strict(change, says, lib, file, tmp_path):
     (lambda file: create_official_model('deepclusterv2_400ep', method='swav'), ValueError, r'prototypes of \[20, 20, 20\], which do not fit swav'),
     (lambda file: create_official_model(file, method='simclr'), ValueError, "method='simclr' must be 'swav'"),
     (lambda file: create_encoder('resnet50w4'), ValueError, "pretrained='swav_RN50w4_400ep'"),
-    (lambda file: layout_state(nn.Sequential(nn.Conv2d(3,4,3)), 'timm'), ValueError, 'does not say what it is'),
-    (lambda file: layout_state(create_encoder('xresnet18', pretrained=False), 'timm'), ValueError, 'timm has no xresnet18; neither library has'),
-    (lambda file: layout_state(create_encoder('resnet18', pretrained=False), 'official'), ValueError, 'hold ResNet-50s, not a resnet18'),
-    (lambda file: layout_state(create_encoder('resnet18', pretrained=False, low_resolution=True), 'timm'), ValueError, r'does not fit resnet18 in the layout timm: .*3, 3'),
-    (lambda file: layout_state(create_encoder('resnet18', pretrained=False), 'jax'), ValueError, "layout='jax' must be 'torchvision', 'timm' or 'official'"),
+    (lambda file: to_layout(nn.Sequential(nn.Conv2d(3,4,3)), 'timm'), ValueError, 'does not say what it is'),
+    (lambda file: to_layout(create_encoder('xresnet18', pretrained=False), 'timm'), ValueError, 'timm has no xresnet18; neither library has'),
+    (lambda file: to_layout(create_encoder('resnet18', pretrained=False), 'official'), ValueError, 'hold ResNet-50s, not a resnet18'),
+    (lambda file: to_layout(create_encoder('resnet18', pretrained=False, low_resolution=True), 'timm'), ValueError, r'does not fit resnet18 in the layout timm: .*3, 3'),
+    (lambda file: to_layout(create_encoder('resnet18', pretrained=False), 'jax'), ValueError, "layout='jax' must be 'torchvision', 'timm' or 'official'"),
 ], ids=range(12))
 def test_wrong_use(f, error, says, file):
     with pytest.raises(error, match=says): f(file)
@@ -246,7 +246,7 @@ def test_models_of_several_heads(net, files, x, method, learns):
     z,scores = model([x])
     for h in range(3): close(scores[:,h], z@hs[f'module.prototypes.prototypes{h}.weight'].T)
     assert model.prototypes.weight.requires_grad==learns
-    again = layout_state(model, 'official')
+    again = to_layout(model, 'official')
     assert list(again)==list(hs) and all(torch.equal(again[k], hs[k]) for k in hs)
     m  = ssl_methods()['sela' if learns else 'deepcluster']
     cb = m.callback(m.get_aug_pipelines((2,1), (32,24), (.4,.1), (1.,.4)), [0,1])
@@ -268,25 +268,25 @@ def test_layouts(net, file, x):
     for enc in (create_encoder('resnet50', file), create_encoder(create_timm_encoder('resnet50', pretrained=False, pool_type='avg'), file),
                 CheckpointSequential(create_encoder('resnet50', file)), torch.compile(create_encoder('resnet50', file), backend='eager')):
         tv = torchvision.models.resnet50(weights=None)
-        assert tv.load_state_dict(layout_state(enc, 'torchvision'), strict=False)==(['fc.weight','fc.bias'], [])
+        assert tv.load_state_dict(to_layout(enc, 'torchvision'), strict=False)==(['fc.weight','fc.bias'], [])
         tv.fc = nn.Identity()
         tm = timm.create_model('resnet50', num_classes=0)
-        tm.load_state_dict(layout_state(enc, 'timm'))
+        tm.load_state_dict(to_layout(enc, 'timm'))
         for o in (tv, tm): close(o.eval()(x), net(x))
-        assert {k:v.shape for k,v in layout_state(enc, 'official').items()}=={k:v.shape for k,v in torch.load(file).items() if not re.search('projection|prototypes', k)}
+        assert {k:v.shape for k,v in to_layout(enc, 'official').items()}=={k:v.shape for k,v in torch.load(file).items() if not re.search('projection|prototypes', k)}
 
 def test_official_layout_of_a_model_loads_again(net, file, x):
     buf = io.BytesIO()
-    torch.save(layout_state(create_official_model(file), 'official'), buf)
+    torch.save(to_layout(create_official_model(file), 'official'), buf)
     again,first = torch.load(io.BytesIO(buf.getvalue())),torch.load(file)
     assert list(again)==list(first) and all(torch.equal(again[k], first[k]) for k in first)
 
 def test_layouts_of_other_architectures(x):
     for arch,layout,target in (('resnet18','torchvision',torchvision.models.resnet18), ('densenet121','torchvision',torchvision.models.densenet121)):
         enc,other = create_encoder(arch, pretrained=False, pool_type='avg').eval(),target(weights=None)
-        left = other.load_state_dict(layout_state(enc, layout), strict=False)
+        left = other.load_state_dict(to_layout(enc, layout), strict=False)
         assert left.unexpected_keys==[] and len(left.missing_keys)==2
     enc = create_timm_encoder('test_vit', pretrained=False, n_in=1)
     other = timm.create_model('test_vit', num_classes=0, in_chans=1)
-    other.load_state_dict(layout_state(enc, 'timm'))
+    other.load_state_dict(to_layout(enc, 'timm'))
     close(other.eval()(x[:,:1,:32,:32].repeat(1,1,5,5)), enc.eval()(x[:,:1,:32,:32].repeat(1,1,5,5)))

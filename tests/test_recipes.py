@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from methods import encoder, images, quiet
 from self_supervised import core, recipes as recipe_module
-from self_supervised.core import ssl_methods
+from self_supervised.methods import ssl_methods
 from self_supervised.data import tensor_dls
 from self_supervised.vision.simclr import SimCLR
 from self_supervised.recipes import Recipe, get_recipe, recipes, register_recipe, setting_info

@@ -7,7 +7,7 @@ from fastai.learner import Learner
 from torch import nn
 
 import methods, reference
-from self_supervised.core import notice_once
+from self_supervised.basics import warn_once
 from self_supervised.data import tensor_dls
 from self_supervised.vision.deepcluster import create_deepcluster_model, deepcluster_loss
 from self_supervised.vision.sela import SeLa, create_sela_model, sela_loss
@@ -62,7 +62,7 @@ def test_model_and_loss():
 def test_not_balanced_in_time():
     "Is said, once, and what to change; balanced labels are not worth a word"
     def told(**kwargs):
-        notice_once.cache_clear()
+        warn_once.cache_clear()
         with warnings.catch_warnings(record=True) as w:
             warnings.simplefilter('always')
             quiet(learn := learner(SeLa(views_2, **kwargs)), 2)
