@@ -16,6 +16,7 @@ from self_supervised.multicrop import *
 from self_supervised.sinkhorn import *
 from self_supervised.queue import *
 from self_supervised.memory import *
+from self_supervised.kmeans import *
 from self_supervised.evaluation import *
 from self_supervised.optimizer import *
 from self_supervised.diagnostics import *

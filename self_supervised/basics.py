@@ -36,4 +36,4 @@ def block_rows(
     n:int, # numbers in a row
 ) -> int: # at least 1
     "How many rows of `n` numbers make a block"
-    return max(1, (2**19 if t.is_cpu else 2**24)//n)
+    return max(1, (2**20 if t.is_cpu else 2**24)//n)

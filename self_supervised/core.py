@@ -122,7 +122,7 @@ def before_batch(self:SSLCallback):
     if x.is_floating_point() and (first_batch or x.device.type=='cpu') and not x.isfinite().all():
         raise ValueError('the images hold NaN or infinite values: mend or drop those files, or keep images uint8 until the views are made')
     x = x.as_subclass(Tensor)
-    if self.training: self._move()
+    self._move()
     self.views = make_views(self.aug_pipelines, x)
     self.learn.xb = (self.inputs(self.views), *self.xb[1:])
     if not len(self.yb): self.learn.yb = (x,)
@@ -187,15 +187,17 @@ def n_steps(self:SSLCallback) -> int: # at least 1
     "Steps of the optimizer in this fit, as far as can be known beforehand"
     acc,dl = first(o for o in self.learn.cbs if isinstance(o, GradientAccumulation)),self.dls.train
     bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 1
-    return max(1, self.n_epoch*len(dl)//(-(-acc.n_acc//bs) if acc else 1))
+    return max(1, getattr(self.learn, 'n_epoch', 1)*len(dl)//(-(-acc.n_acc//bs) if acc else 1))
 
 @patch
 def _move(self:SSLCallback):
-    "Give everything that moves its value for the next step"
+    "Give everything that moves its value for the next step; in validation it stays where it is"
+    if self.training and self.train_iter==0: self.steps_done = 0
+    if not (moving := self.schedules()): return
     share    = min(self.steps_done/self.n_steps, 1.)
-    self.now = {k: f(share) for k,f in self.schedules().items()}
+    self.now = {k: f(share) for k,f in moving.items()}
     for k,v in self.now.items():
-        if k.startswith('opt.'): self.opt.set_hyper(k[4:], v)
+        if self.training and k.startswith('opt.'): self.opt.set_hyper(k[4:], v)
 
 @patch
 def after_cancel_step(self:SSLCallback):
@@ -220,7 +222,7 @@ def _set_rng_states(states, dl_states):
 def before_fit(self:SSLCallback):
     "Refuse what cannot train; remember the random generators if this is `lr_find`; other processes, other views"
     self._give_back()
-    self.steps_done,m,of = 0,self.ssl_model,method_of(self)
+    m,of = self.ssl_model,method_of(self)
     if of and not isinstance(m, of.model): raise ValueError(
         f'the model is a {type(m).__name__}, and {type(self).__name__} trains a {of.model.__name__}: make it with {of.create_model.__name__}(encoder)')
     (n,bs),ranks = (getattr(self.dls.train, o, None) or 0 for o in ('n','bs')),max(num_distrib(), 1)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['fashion_mnist_classes', 'fashion_mnist', 'no_loss', 'ImageTensors', 'TensorDL', 'tensor_dls', 'open_image',
-           'image_dls']
+           'list_images', 'image_dls']
 
 # %% ../nbs/10_data.ipynb #e40ce4c5
 import gzip, math, random, warnings, zlib
@@ -192,8 +192,10 @@ def _good_images(
     return [f for f,e in zip(fns,why) if e is None]
 
 # %% ../nbs/10_data.ipynb #fedd3a44
-def _list_images(source):
-    "The image files of `source`, a folder or a list"
+def list_images(
+    source:str|Path|list, # a folder, searched with all below it, or a list of image files
+) -> list: # paths: those of a folder in order, those of a list as they are
+    "The image files of `source`, if there are any"
     if not isinstance(source, (str,Path)):
         fns = [Path(o) for o in source]
         if not fns: raise ValueError('source is an empty list: there are no images to train on')
@@ -205,6 +207,7 @@ def _list_images(source):
                                  '.jpg, .jpeg, .png, .bmp, .gif, .tif, .webp and the rest of fastai.data.transforms.image_extensions; '
                                  'pass a list of files if yours have others')
     return fns
+_list_images = list_images
 
 # %% ../nbs/10_data.ipynb #a3b380c8
 def image_dls(
@@ -224,7 +227,7 @@ def image_dls(
     "DataLoaders over image files, with labels or without"
     _mode(n_in)
     if not 0<=valid_pct<1: raise ValueError(f'valid_pct={valid_pct} must be at least 0 and below 1: 0.1 keeps a tenth for validation')
-    opn,fns = partial(open_image, size=check_size(size), n_in=n_in),_list_images(source)
+    opn,fns = partial(open_image, size=check_size(size), n_in=n_in),list_images(source)
     if num_workers is None: num_workers = 0 if len(fns)<500 else min(8, defaults.cpus)
     if skip_bad: fns = _good_images(fns, max(num_workers, min(8, defaults.cpus)), **opn.keywords)
     idx = torch.randperm(len(fns), generator=torch.Generator().manual_seed(seed or 0)).tolist()

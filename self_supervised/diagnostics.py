@@ -37,7 +37,7 @@ from .basics import warn_once
 from .core import SSLCallback
 from .watcher import Watcher
 from .dist import all_reduce, world_size
-from .evaluation import _in_order, _normalization, extract_features
+from .features import extract_features, in_order as _in_order, normalization_of as _normalization
 from .queue import FeatureQueue
 
 # %% ../nbs/62_diagnostics.ipynb #3ff0d5f3

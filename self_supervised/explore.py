@@ -25,12 +25,12 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
 
-from .cli import _command
-from .methods import ssl_methods
+import self_supervised.recipes # noqa: F401 (has all methods registered)
 from .basics import check_size
-from .pipelines import make_views
+from .cli_command import command
 from .data import _list_images, open_image
-from .vision import simclr, swav # noqa: F401 (registers the methods)
+from .methods import ssl_methods
+from .pipelines import make_views
 
 # %% ../nbs/74_explore.ipynb #f7ae1d19
 max_mb,max_megapixels,max_images = 20,50,16 # limits for a file, its pixels, and the number of images
@@ -248,7 +248,7 @@ def _streamlit():
 
 def _control(st, key, label, default, o, **kwargs):
     "A slider or switch for one value of the setting `o`"
-    kwargs.update(key=key, help=o.help, persist_state='session')
+    kwargs.update(key=f'{key} {default}', help=o.help, persist_state='session')
     if o.range is None: return st.toggle(label, bool(default), **kwargs)
     lo,hi,step = o.range
     return st.slider(label, lo, hi, default, step, **kwargs)
@@ -288,8 +288,8 @@ def explore_page(
     st = _streamlit()
     st.set_page_config('View explorer', layout='wide')
     with st.sidebar:
-        method   = st.segmented_control('Method', ('swav','simclr'), default='swav', required=True, key='method',
-                                        format_func=lambda o: ssl_methods()[o].callback.__name__)
+        methods  = {o.callback.__name__:nm for nm,o in ssl_methods().items()}
+        method   = methods[st.segmented_control('Method', list(methods), default=next(iter(methods)), required=True, key='method')]
         uploads  = _uploads(st, size)
         n        = st.slider('images shown', 1, 8, 3, key='n')
         seed     = st.number_input('seed', 0, 2**31-1, 42, key='seed', help='Another seed, other views')
@@ -350,7 +350,7 @@ def _free_port(port):
     raise ValueError(f'--port {port} is taken: give another, or none for the first free one from 8501 on' if port else
                      'all ports from 8501 to 8599 are taken: give another with --port')
 
-@_command
+@command
 def ssl_explore(
     source:Annotated[str, {'opt':False, 'nargs':'?'}]=None, # image file, or folder of images, searched with all below it; default: examples
     size:int=256, # to load images at: pixels of a side

@@ -8,8 +8,6 @@ __all__ = ['SSLMethod', 'OfficialWeights', 'register_method', 'ssl_methods', 'me
 # %% ../nbs/01_methods.ipynb #c439c783
 from collections import namedtuple
 
-from torch import nn
-
 # %% ../nbs/01_methods.ipynb #a0776c16
 SSLMethod       = namedtuple('SSLMethod', 'name callback model create_model get_aug_pipelines loss recipes weights')
 OfficialWeights = namedtuple('OfficialWeights', 'arch method epochs batch crops top1 url')

@@ -5,24 +5,28 @@
 # %% auto #0
 __all__ = ['LARC', 'LARS', 'warmup_cos']
 
-# %% ../nbs/60_optimizer.ipynb #4609a158
+# %% ../nbs/60_optimizer.ipynb #fa941d58
 import math
-from functools import partial
 
 import torch
-from fastai.optimizer import Optimizer, average_grad, momentum_step
+from timm.optim.lars import Lars
+from fastai.optimizer import Optimizer, OptimWrapper, average_grad
 
-# %% ../nbs/60_optimizer.ipynb #c5b5185c
-def _scale_grad(p, lr, wd, trust_coeff, eps, clip=False, with_lr=False, do_wd=True, **kwargs):
-    "Add weight decay to the gradient of `p` and multiply it by the rate of the layer, unless the layer is exempt from both"
-    if do_wd:
-        w,g  = p.data.norm(),p.grad.data.norm()
-        rate = torch.where((w>0) & (g>0), trust_coeff*w/(g + wd*w + eps), torch.ones_like(w))
-        if clip: rate = (rate/lr).clamp_max(1.)
-        p.grad.data.add_(p.data, alpha=wd).mul_(rate)
-    if with_lr: p.grad.data.mul_(lr)
+# %% ../nbs/60_optimizer.ipynb #0f934cac
+class _Larc(OptimWrapper):
+    "timm's `Lars`, which leaves the tensors that fastai exempts alone"
+    def zero_grad(self):
+        "Zeros and not None, as fastai's own: a tensor that has no part in the next loss still moves by its momentum"
+        self.opt.zero_grad(set_to_none=False)
 
-# %% ../nbs/60_optimizer.ipynb #6f609e74
+    def step(self, closure=None):
+        "One step, in which the exempt tensors of each group are a group of their own, of plain SGD"
+        groups,free = self.opt.param_groups,{p for p,_,state,_ in self.all_params() if state.get('do_wd') is False}
+        def part(g, **kwargs): return {**g, 'params':[p for p in g['params'] if (p in free)==bool(kwargs)], **kwargs}
+        self.opt.param_groups = [o for g in groups for o in (part(g), part(g, weight_decay=0., always_adapt=False))]
+        try: return self.opt.step(closure)
+        finally: self.opt.param_groups = groups
+
 def LARC(
     params, # parameters, or lists of them
     lr:float, # learning rate γ (4.8 for batch 4096 in the official SwAV runs)
@@ -31,11 +35,19 @@ def LARC(
     trust_coeff:float=1e-3, # trust coefficient η (official code)
     clip:bool=False, # never faster than plain SGD: the rate is at most 1 (the official code does not)
     eps:float=1e-8, # added to the denominator (apex)
-) -> Optimizer: # of fastai
+) -> OptimWrapper: # of fastai, around timm's `Lars`
     "SGD with momentum on gradients that are scaled for each layer, as in the official code of SwAV"
-    return Optimizer(params, [partial(_scale_grad, clip=clip), average_grad, momentum_step], lr=lr, mom=mom, wd=wd, trust_coeff=trust_coeff, eps=eps)
+    return _Larc(params, Lars, lr=lr, momentum=mom, weight_decay=wd, trust_coeff=trust_coeff, eps=eps, trust_clip=clip, always_adapt=True)
 
-# %% ../nbs/60_optimizer.ipynb #930f8336
+# %% ../nbs/60_optimizer.ipynb #8849ff5c
+def _scale_grad(p, lr, wd, trust_coeff, eps, do_wd=True, **kwargs):
+    "γ λ (g + β w) in place of the gradient g of `p`, and γ g if the layer is exempt"
+    w,g = p.data,p.grad.data
+    if do_wd:
+        nw,ng = w.norm(),g.norm()
+        g.add_(w, alpha=wd).mul_(torch.where((nw>0) & (ng>0), trust_coeff*nw/(ng + wd*nw + eps), 1.))
+    g.mul_(lr)
+
 def _step(p, grad_avg, **kwargs): p.data.sub_(grad_avg)
 
 def LARS(
@@ -47,7 +59,7 @@ def LARS(
     eps:float=1e-8, # added to the denominator
 ) -> Optimizer: # of fastai
     "The optimizer of You et al. 2017 and of SimCLR: `LARC` with the learning rate inside the momentum"
-    return Optimizer(params, [partial(_scale_grad, with_lr=True), average_grad, _step], lr=lr, mom=mom, wd=wd, trust_coeff=trust_coeff, eps=eps)
+    return Optimizer(params, [_scale_grad, average_grad, _step], lr=lr, mom=mom, wd=wd, trust_coeff=trust_coeff, eps=eps)
 
 # %% ../nbs/60_optimizer.ipynb #6efbe60b
 def warmup_cos(

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['Recipe', 'register_recipe', 'recipes', 'get_recipe', 'setting_info']
 
-# %% ../nbs/67_recipes.ipynb #6c254b14
+# %% ../nbs/67_recipes.ipynb #0e788ba2
 import difflib, inspect, textwrap
 from functools import partial
 from importlib import import_module
 from pkgutil import iter_modules
 
 import torch
-from fastcore.basics import first, patch, store_attr
+from fastcore.basics import AttrDict, first, patch, store_attr
 from fastcore.docments import docments
 from fastcore.foundation import L
 from fastcore.xtras import is_listy
 from fastai.callback.fp16 import MixedPrecision # noqa: F401 (gives Learner `to_fp16` and `to_bf16`)
 from fastai.callback.schedule import ParamScheduler
+from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import SGD, Adam
@@ -26,7 +27,7 @@ from torch import nn
 
 from . import vision
 from .basics import check_size, warn_once
-from .core import SSLCallback
+from .core import SSLCallback, ssl_callback
 from .data import no_loss
 from .dist import world_size
 from .layers import create_encoder, encoder_channels
@@ -35,27 +36,37 @@ from .optimizer import LARC, LARS, warmup_cos
 
 for _o in iter_modules(vision.__path__): import_module(f'self_supervised.vision.{_o.name}') # they register their methods
 
-# %% ../nbs/67_recipes.ipynb #57efe177
+# %% ../nbs/67_recipes.ipynb #c2741a48
 _opts = dict(larc=LARC, lars=LARS, sgd=partial(SGD, decouple_wd=False), adam=Adam)
-_no_settings = {'self', 'name', 'method', 'about', 'kwargs', 'encoder', 'n_features', 'aug_pipelines', 'print_augs', 'cuda', 'xtra_tfms', 'return'}
+_no_settings = {'self', 'kwargs', 'encoder', 'n_features', 'aug_pipelines', 'print_augs', 'cuda', 'xtra_tfms', 'return'} # of functions
 
-_for_callback = dict(freeze_epochs='freeze_prototypes_niters', queue_start_epoch='queue_start_pct') # a setting of the recipe, and the argument of a callback that it gives
-
-def _parts(method):
-    "The functions of `method` that take settings"
+def _functions(method):
+    "The functions of `method` that take settings, by owner"
     m = ssl_methods()[method]
     return dict(views=m.get_aug_pipelines, model=m.create_model, callback=m.callback)
+
+def _setting(owner, arg):
+    "What the argument `arg` is called in a recipe"
+    return f'{owner}.{arg}' if arg in inspect.signature(Recipe).parameters else arg
+
+def _arguments(method):
+    "Owner → its settings and the arguments that they are"
+    return {nm: {_setting(nm, k):k for k in inspect.signature(f).parameters if k not in _no_settings} for nm,f in _functions(method).items()}
+
+def _in_epochs(*methods):
+    "Settings that a recipe of these methods gives in epochs: name → (argument, is it a part of training?, help)"
+    return {_setting('callback', k):o for m in methods for k,o in ssl_methods()[m].callback.epoch_settings.items()}
 
 def _near(nm, names):
     near = difflib.get_close_matches(nm, names, n=3)
     return f'; did you mean {", ".join(near)}?' if near else f'; there are {", ".join(names)}'
 
-# %% ../nbs/67_recipes.ipynb #027e416b
+# %% ../nbs/67_recipes.ipynb #bfebcc1a
 class Recipe:
     "The settings of a pretraining run"
     def __init__(self,
         name:str, # what it is called
-        method:str, # a registered method, 'swav' or 'simclr'
+        method:str, # a registered method, see `ssl_methods`
         about:str='', # where it comes from, and what came out
         arch:str='resnet50', # encoder: a name that `create_encoder` knows
         pool_type:str='avg', # how it pools its features (a `PoolingType`)
@@ -71,9 +82,7 @@ class Recipe:
         wd:float=1e-6, # weight decay
         wd_bn_bias:bool=False, # decay and adapt biases and norm layers too
         precision:str='fp16', # on a GPU: fp16, bf16 or fp32
-        freeze_epochs:float=None, # epochs with fixed prototypes; None: as `freeze_prototypes_niters` says
-        queue_start_epoch:float=None, # epoch from which the queue is used; None: as `queue_start_pct` says
-        **kwargs # arguments of the method's views, model and callback
+        **kwargs # settings of the method: arguments of its views, model and callback, and those in epochs
     ):
         if method not in ssl_methods(): raise ValueError(f'method={method!r} is not registered{_near(method, list(ssl_methods()))}')
         if opt not in _opts: raise ValueError(f'opt={opt!r} must be one of {", ".join(_opts)}')
@@ -81,20 +90,20 @@ class Recipe:
         if min(bs, epochs)<1 or lr<=0: raise ValueError(f'bs={bs}, epochs={epochs} and lr={lr} must be positive')
         if not 0<=warmup_epochs<epochs: raise ValueError(f'warmup_epochs={warmup_epochs} must be fewer than epochs={epochs}: give both')
         store_attr(but='kwargs')
-        self.args = kwargs
-        for k in [*kwargs, *(o for o in _for_callback if getattr(self, o) is not None)]:
+        for k in _in_epochs(method): setattr(self, k, kwargs.pop(k, None))
+        self.args = {k:v for k,v in kwargs.items() if v is not None or k not in _in_epochs(*ssl_methods())} # None for what only others count is no setting
+        for k in self.args:
             if k not in self.names: raise ValueError(f'{k} is no setting of a {method} recipe{_near(k, self.names)}')
 
     @property
     def names(self) -> list: # of strings
         "Names of all settings there are"
-        args = dict.fromkeys(k for f in (Recipe, *_parts(self.method).values()) for k in inspect.signature(f).parameters)
-        return [k for k in args if k not in _no_settings and _for_callback.get(k, k) in args]
+        return list(dict.fromkeys([*_own(), *_in_epochs(self.method), *(k for o in _arguments(self.method).values() for k in o)]))
 
     @property
     def settings(self) -> dict: # name → value
         "All settings that are not left to the method's own defaults"
-        return {k:getattr(self, k) for k in inspect.signature(Recipe).parameters if k not in _no_settings} | self.args
+        return {k:getattr(self, k) for k in (*_own(), *_in_epochs(self.method))} | self.args
 
     def new(self,
         **settings # those to change
@@ -108,7 +117,7 @@ class Recipe:
     def __repr__(self):
         rest,lines = self.settings,[]
         groups = {'training':lambda k: k not in self.args and k not in ('arch','pool_type','low_resolution'), 'encoder':lambda k: k not in self.args}
-        groups |= {nm:inspect.signature(f).parameters.__contains__ for nm,f in _parts(self.method).items()}
+        groups |= {nm:o.__contains__ for nm,o in _arguments(self.method).items()}
         for nm,mine in groups.items():
             found = {k:rest.pop(k) for k in list(rest) if mine(k)}
             words = ', '.join(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v!r}' for k,v in found.items() if v is not None or k in self.args)
@@ -117,9 +126,10 @@ class Recipe:
         changed = [k for k,v in self.settings.items() if k not in known or known[k]!=v]
         return '\n'.join([f'{self.name} ({self.method}{", but for "+", ".join(changed) if changed else ""}). {self.about}', *lines])
 
-# %% ../nbs/67_recipes.ipynb #ddfefc7a
+def _own(): return [k for k in inspect.signature(Recipe).parameters if k not in ('name', 'method', 'about', 'kwargs')]
+
+# %% ../nbs/67_recipes.ipynb #85ea93b5
 _recipes = {}
-_adam    = dict(bs=128, lr=4e-3, wd=.01) # of the small recipes
 
 def register_recipe(
     recipe:Recipe, # its name is the one it is found by
@@ -130,12 +140,15 @@ def register_recipe(
 
 def _known():
     "All recipes, with those that methods have brought along since"
-    for method,m in ssl_methods().items():
-        for nm,changes in m.recipes.items():
-            if nm in _recipes: continue
-            names,like = Recipe('', method).names,changes.get('like')
-            rest = {k:v for k,v in _recipes[like].settings.items() if k in names} if like else {}
-            register_recipe(Recipe(nm, method, **(rest | {k:v for k,v in changes.items() if k!='like'})))
+    new = {nm:(method,changes) for method,m in ssl_methods().items() for nm,changes in m.recipes.items() if nm not in _recipes}
+    def add(nm):
+        if nm in _recipes: return
+        (method,changes),names = new[nm],Recipe('', new[nm][0]).names
+        like = changes.get('like')
+        if like: add(like)
+        rest = {k:v for k,v in _recipes[like].settings.items() if k in names} if like else {}
+        register_recipe(Recipe(nm, method, **(rest | {k:v for k,v in changes.items() if k!='like'})))
+    for nm in new: add(nm)
     return _recipes
 
 def recipes() -> list: # of names
@@ -150,20 +163,23 @@ def get_recipe(
     if name not in _known(): raise ValueError(f'{name!r} is not the name of a recipe{_near(name, recipes())}')
     return _recipes[name].new(**settings)
 
-# %% ../nbs/67_recipes.ipynb #9a8d65f1
+# %% ../nbs/67_recipes.ipynb #15e73abe
 def setting_info() -> dict: # name → dict(anno, default, docment)
     "Type, default and help of every setting of every method, as its function documents it"
-    res = {}
-    for f in (Recipe, *(f for m in ssl_methods() for f in _parts(m).values())):
-        for k,v in docments(f, full=True).items():
-            if k not in _no_settings: res.setdefault(k, v)
+    own = docments(Recipe, full=True)
+    res = {k:own[k] for k in _own()}
+    for k,(_,_,help) in _in_epochs(*ssl_methods()).items(): res.setdefault(k, AttrDict(anno=float, default=None, docment=help))
+    for m in ssl_methods():
+        for nm,f in _functions(m).items():
+            for k,v in docments(f, full=True).items():
+                if k not in _no_settings: res.setdefault(_setting(nm, k), v)
     return res
 
-# %% ../nbs/67_recipes.ipynb #e69f8116
+# %% ../nbs/67_recipes.ipynb #30a40fb6
 @patch
-def _for(self:Recipe, part):
-    "The settings that `part` takes"
-    return {k:v for k,v in self.args.items() if k in inspect.signature(_parts(self.method)[part]).parameters}
+def _for(self:Recipe, owner):
+    "The arguments that `owner` gets"
+    return {arg:self.args[k] for k,arg in _arguments(self.method)[owner].items() if k in self.args}
 
 @patch
 def create_encoder(self:Recipe,
@@ -186,9 +202,16 @@ def create_callback(self:Recipe,
 ) -> SSLCallback: # with its view pipelines
     "The callback of the recipe"
     m,views = ssl_methods()[self.method],self._for('views')
-    if n_in!=3: views.setdefault('stats', None)
+    if n_in!=3 and 'stats' in _arguments(self.method)['views']: views.setdefault('stats', None)
     return m.callback(m.get_aug_pipelines(**views), **self._for('callback'))
 
+# %% ../nbs/67_recipes.ipynb #85493451
+@patch(as_prop=True)
+def view_sizes(self:Recipe) -> list: # (h,w) in pixels, one a view
+    "Sizes of the views, in the order of the pipelines"
+    return [check_size(first(f.size for f in o.fs if hasattr(f, 'size'))) for o in self.create_callback().aug_pipelines]
+
+# %% ../nbs/67_recipes.ipynb #dbab4558
 def _n_in(encoder, dls):
     "Channels of the images"
     if encoder is not None: return encoder_channels(encoder)
@@ -211,88 +234,29 @@ def learner(self:Recipe,
     if self.precision!='fp32' and torch.device(dls.device or 'cpu').type=='cuda': learn = getattr(learn, f'to_{self.precision}')()
     return learn
 
-# %% ../nbs/67_recipes.ipynb #4b370668
+# %% ../nbs/67_recipes.ipynb #1a75715c
+@patch
+def _settle(self:Recipe, learn, bs, cbs):
+    "Turn what was given in epochs into what the callback counts: steps of the optimizer, or a part of training"
+    cb,dl,each = ssl_callback(learn),learn.dls.train,bs//world_size()
+    acc  = first(o for o in [*learn.cbs, *cbs] if isinstance(o, GradientAccumulation))
+    step = bs*(-(-acc.n_acc//each) if acc else 1) # images of a step of the optimizer
+    for k,(arg,part,_) in _in_epochs(self.method).items():
+        if (v := getattr(self, k)) is None: continue
+        setattr(cb, arg, min(v/self.epochs, 1.) if part else round(v*(getattr(dl, 'n', None) or len(dl)*each)/step))
+
 @patch
 def fit(self:Recipe,
     learn:Learner, # of `learner`, or one of your own with the callback of the method
     **kwargs # to `Learner.fit`, such as `cbs`
 ):
     "Train `learn` for the epochs of the recipe, on its schedule"
-    cb,dl = first(o for o in learn.cbs if isinstance(o, SSLCallback)),learn.dls.train
-    if cb is None: raise ValueError('this Learner has no self-supervised callback: make it with recipe.learner(dls)')
-    each = getattr(dl, 'bs', None) or dl.batch_size # fastai's or PyTorch's
-    bs,r = each*world_size(),self
+    dl,cbs = learn.dls.train,L(kwargs.pop('cbs', None))
+    if ssl_callback(learn) is None: raise ValueError('this Learner has no self-supervised callback: make it with recipe.learner(dls)')
+    bs,r = (getattr(dl, 'bs', None) or dl.batch_size)*world_size(),self # fastai's or PyTorch's
     if bs!=self.bs:
         r = self.new(bs=bs)
         warn_once(f'batches of {bs} images instead of the {self.bs} of {self.name}: the learning rate follows, {self.lr:.4g} → {r.lr:.4g}')
-    if self.freeze_epochs is not None: cb.freeze_prototypes_niters = round(self.freeze_epochs*(getattr(dl, 'n', None) or len(dl)*each)/bs)
-    if self.queue_start_epoch is not None: cb.queue_start_pct = min(self.queue_start_epoch/self.epochs, 1.)
+    self._settle(learn, bs, cbs)
     sched = ParamScheduler({'lr':warmup_cos(r.lr_start, r.lr, r.lr_final, r.warmup_epochs/r.epochs)})
-    learn.fit(r.epochs, r.lr, wd=r.wd, cbs=[sched, *L(kwargs.pop('cbs', None))], **kwargs)
-
-# %% ../nbs/67_recipes.ipynb #c919b5f6
-@patch
-def activation_bytes(self:Recipe,
-    n_in:int=3, # channels of the images
-) -> int: # bytes in float32
-    "What the backward pass needs of one image with all its views, by a forward pass on PyTorch's meta device"
-    with torch.device('meta'): model = self.create_model(self.create_encoder(n_in))
-    kept = {o.untyped_storage()._cdata:None for o in (*model.parameters(), *model.buffers())}
-    def keep(t):
-        o = t.untyped_storage()
-        return kept.setdefault(o._cdata, o) and t
-    sizes = [check_size(first(f.size for f in o.fs if hasattr(f, 'size'))) for o in self.create_callback(n_in).aug_pipelines]
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): model([torch.empty(2, n_in, *o, device='meta') for o in sizes])
-    return sum(o.nbytes() for o in kept.values() if o is not None)//2
-
-# %% ../nbs/67_recipes.ipynb #b411f034
-@patch
-def suggest(self:Recipe,
-    n_images:int, # images to train on
-    image_size:int=None, # pixels of their shorter side; None: no smaller than the recipe's crops
-    gpus:int=1, # processes
-    memory:float=None, # GB of each GPU; None: enough
-    n_in:int=3, # channels of the images
-) -> Recipe: # with the changes that are printed
-    "This recipe, fitted to data and machine"
-    res = self
-    def change(why, **settings):
-        nonlocal res
-        old,res = res.settings,res.new(**settings)
-        if new := {k:v for k,v in res.settings.items() if k not in old or old[k]!=v}:
-            print(', '.join(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v!r}' for k,v in new.items()), f'– {why}', sep='  ')
-
-    crops = self.args.get('crop_sizes') or (self.args['size'],)
-    if image_size and image_size<crops[0]:
-        sizes = tuple(max(8, round(o*image_size/crops[0])) for o in crops)
-        change('crops no larger than the images, all in proportion', **({'crop_sizes':sizes} if 'crop_sizes' in self.args else {'size':sizes[0]}))
-        if image_size<=64: change('small images: a blur hides what they show, and strong colours are most of what is left (SimCLR, appendix B.9)', blur=False, jitter_s=.5)
-        if image_size<=64 and len(crops)>1: change(f'a crop of 5 % of the area is {round(.22*image_size)} pixels wide; these are the scales of swav_small', min_scales=(.4,.1), max_scales=(1.,.4))
-        if image_size<=64 and 'resne' in self.arch: change('the stem would leave a quarter of the resolution (SimCLR, appendix B.9)', low_resolution=True)
-
-    bs,why = self.bs,[]
-    if n_images//20<bs: bs,why = max(n_images//20, 2),['an epoch should have 20 steps']
-    if memory:
-        each  = res.activation_bytes(n_in)/(1 if self.precision=='fp32' else 2)
-        with torch.device('meta'): fixed = 4*(4 if self.opt=='adam' else 3)*sum(o.numel() for o in res.create_model(res.create_encoder(n_in)).parameters())
-        fits  = int((.8e9*memory - fixed)/each)*gpus
-        if fits<2*gpus: raise ValueError(f'memory={memory} GB: one image takes {each/1e9:.2f} GB, the model {fixed/1e9:.2f} GB, and a batch needs two images or more. '
-                                         'Take fewer or smaller crops, a smaller arch, or checkpoint_encoder')
-        if fits<bs: bs,why = fits,[f'one image takes about {each/1e6:.0f} MB of activations, the model {fixed/1e6:.0f} MB']
-    if why: change(why[0], bs=max(2**(bs//gpus).bit_length()//2, 2)*gpus)
-
-    if res.bs<256 and self.opt in ('larc','lars'):
-        lr = _adam['lr']*(res.bs/_adam['bs'])**.5
-        change('LARC and LARS are for large batches; this is the Adam of the small recipes, at your batch', opt='adam', lr=lr, lr_start=lr/10, lr_final=lr/1000, wd=_adam['wd'], wd_bn_bias=False)
-
-    if 'K' in self.args:
-        K = 15*res.bs
-        if res.bs>=1024:      change('a batch this large needs no queue (official runs of 4,096)', K=None)
-        elif K>n_images//20:  change(f'a queue of 15 batches would hold {K/n_images:.0%} of the images, and hurts (measured on 5,000 images)', K=None)
-        else:                 change('15 batches, as in the official runs of 256', K=K, queue_start_epoch=min(15., self.epochs/4))
-    if 'n_protos' in self.args:
-        n,why = round(3000*(n_images/1_281_167)**.61, -1),'between the 3,000 for the 1.28 M images of ImageNet and the 100 that do for 5,000'
-        if not ssl_methods()[self.method].callback.assigns_all:
-            n,why = min(n, 2*(res.bs+(res.args.get('K') or 0))),f'{why}, and no more than two for each sample of an assignment'
-        change(why, n_protos=max(int(n), 10))
-    return res
+    learn.fit(r.epochs, r.lr, wd=r.wd, cbs=[sched, *cbs], **kwargs)

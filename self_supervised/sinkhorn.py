@@ -11,13 +11,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from .basics import block_rows
 from .dist import all_reduce
 
 # %% ../nbs/30_sinkhorn.ipynb #b4459bc8
-def _block_rows(t, n):
-    "How many rows of `n` numbers make a block: it stays in the cache of a CPU; a GPU wants few and large ones"
-    return max(1, (2**19 if t.is_cpu else 2**24)//n)
-
 def _logsumexp_samples(blocks):
     "`logsumexp` over the samples of all blocks and ranks"
     res = reduce(torch.logaddexp, (o.logsumexp(0) for o in blocks))
@@ -42,7 +39,7 @@ def sinkhorn_knopp(
     if scores.ndim!=2: raise ValueError(f'scores have shape {tuple(scores.shape)}, they must be (samples, prototypes)')
     if queue is not None and queue.shape[1:]!=scores.shape[1:]: raise ValueError(
         f'queue has shape {tuple(queue.shape)}, it must be (samples, {scores.shape[1]}), with as many prototypes as scores')
-    rows  = _block_rows(scores, scores.shape[1])
+    rows  = block_rows(scores, scores.shape[1])
     batch = scores.split(rows)
     every = batch if queue is None else batch+queue.split(rows)
     u     = scores.new_zeros(scores.shape[1], dtype=torch.promote_types(scores.dtype, torch.float32))
@@ -66,7 +63,7 @@ def sinkhorn_labels(
 ) -> tuple: # labels (n,), and how far the mass that is furthest from its share is, as a part of it, a tensor without dimensions
     "The prototype of each sample in the balanced assignment of all samples of all ranks, without ever holding all scores"
     if eps<=0 or tol<0 or n_iters<1: raise ValueError(f'eps={eps} must be positive, tol={tol} not negative and n_iters={n_iters} 1 or more: 0.05, 0.01 and 200 are usual')
-    blocks = z.split(_block_rows(z, len(prototypes)))
+    blocks = z.split(block_rows(z, len(prototypes)))
     u = z.new_zeros(len(prototypes))
     def logits(): return (torch.addmm(u, o, prototypes.T, alpha=1/eps) for o in blocks)
     with torch.autocast(z.device.type, enabled=False):
@@ -76,5 +73,5 @@ def sinkhorn_labels(
             off  = (mass/mass.mean()-1).abs().max()
             if off<=tol or i+1==n_iters: break
             new   = u - mass.log()
-            u,old = new + i/(i+3)*(new-old),new
+            u,old = new + i/(i+3)*(new-old),new # Nesterov's factor (k−1)/(k+2) for round k=i+1: none at first, then towards 1
         return torch.cat([o.max(1).indices for o in logits()]),off

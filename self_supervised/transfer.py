@@ -15,8 +15,9 @@ from torch import nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from fastai.learner import Learner
 
-from .evaluation import _encoder
-from .layers import CheckpointSequential, encoder_dim
+from .core import encoder_of
+from .encoders import encoder_dim
+from .grad_checkpoint import CheckpointSequential
 
 # %% ../nbs/69_transfer.ipynb #95c5acf6
 def _layers(m):
@@ -29,7 +30,7 @@ def _is_map(m, y): return getattr(y, 'ndim', 0)==4 and max(y.shape[2:])>1 and no
 
 def _stages(encoder, size):
     "Layers of `encoder` up to its pooling, in a list for each resolution, and the channels of each"
-    m,runs = _encoder(encoder),[]
+    m,runs = encoder_of(encoder),[]
     while len(kids := list(m.children()))==1 and len(list(kids[0].children())): m, = kids # wrappers
     hooks  = [m.register_forward_pre_hook(lambda _,x: runs.append((m, None, x[0])))]
     hooks += [o.register_forward_hook(lambda o,x,y: runs.append((o, (x or [None])[0], y))) for o in set(_layers(m))]
@@ -48,19 +49,12 @@ def _stages(encoder, size):
         stages[-1][1],last = y.shape[1],y.shape[2:]
     return stages
 
-def _copy(m):
-    "A copy of `m`, whose batch norms do not take the next pass for the second one of gradient checkpointing"
-    m = deepcopy(m)
-    for o in m.modules():
-        if hasattr(o, 'seen'): o.seen = False
-    return m
-
 def encoder_body(
     encoder:nn.Module|Learner, # images (B,C,H,W) → features (B,F), with layers one after the other; of a Learner or the model of a method, its encoder
     size:int=None, # image to try it with, int or (h,w) in pixels; None: 64, or what a timm model is made for
 ) -> nn.Sequential: # images (B,C,H,W) → the last map (B,F,h,w)
     "A copy of `encoder` without its pooling and what follows, one layer after the other"
-    return _copy(nn.Sequential(*(o for layers,_ in _stages(encoder, size) for o in layers)))
+    return deepcopy(nn.Sequential(*(o for layers,_ in _stages(encoder, size) for o in layers)))
 
 # %% ../nbs/69_transfer.ipynb #751483b2
 def to_detection_backbone(
@@ -77,7 +71,7 @@ def to_detection_backbone(
     if not 1<=n_maps<=len(stages): raise ValueError(
         f'n_maps={n_maps}: the encoder has {len(stages)} resolutions; pass n_maps={len(stages)} or less, and a detector needs anchors for each map and one for the pool')
     if trainable_layers<0: raise ValueError(f'trainable_layers={trainable_layers} is how many of the last stages to train: 0 to {len(stages)}')
-    body = _copy(nn.Sequential(*(nn.Sequential(*layers) for layers,_ in stages))).requires_grad_(True)
+    body = deepcopy(nn.Sequential(*(nn.Sequential(*layers) for layers,_ in stages))).requires_grad_(True)
     if frozen_bn: body = freeze_batch_norm_2d(body)
     for o in body[:max(len(body)-trainable_layers, 0)]: o.requires_grad_(False)
     used = range(len(body)-n_maps, len(body))

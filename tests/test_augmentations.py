@@ -14,7 +14,7 @@ from torch import tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from self_supervised import augmentations as A
+from self_supervised import pixels, transforms, views as views_module
 from self_supervised.augmentations import *
 from self_supervised.basics import warn_once
 from self_supervised.pipelines import make_views
@@ -193,7 +193,7 @@ def drawn(monkeypatch):
     def _blur(x, sigma, kernel_size):
         seen['sigma'].append(sigma)
         return x+100
-    for k,f in dict(crop_resize=_crop, rotate=_rotate, color_jitter=_jitter, gaussian_blur=_blur).items(): monkeypatch.setattr(A, k, f)
+    for k,f in dict(crop_resize=_crop, rotate=_rotate, color_jitter=_jitter, gaussian_blur=_blur).items(): monkeypatch.setattr(transforms, k, f)
     monkeypatch.setattr(ViewPipeline, '__call__', Pipeline.__call__) # step by step; that all at once is the same has tests of its own
     return seen
 
@@ -518,11 +518,16 @@ def test_together_with_clamping():
     assert diff(a, b).mean() < 5/255 and abs((a-b).mean()) < 2/255
 
 @pytest.fixture
-def at_once(monkeypatch): monkeypatch.setattr(A, '_one_by_one', lambda x: False)
+def one_by_one(monkeypatch):
+    "Choose the engine: that of a CPU, or that of other devices"
+    def _choose(each):
+        for m in (pixels, views_module): monkeypatch.setattr(m, 'one_by_one', lambda x: each)
+    return _choose
 
 @pytest.mark.parametrize('size', [(16,16), (12,20), (8,5), (96,80), (16,96), (37,41)])
 @pytest.mark.parametrize('shape', shapes)
-def test_crop_resize_at_once(shape, size, at_once):
+def test_crop_resize_at_once(shape, size, one_by_one):
+    one_by_one(False)
     x = images(*shape)
     b = tensor([[0,0,*shape], [3,5,30,21], [10,20,11,17], [shape[0]-7,shape[1]-9,7,9]])
     ref = torch.stack([tvf.resized_crop(o, *p, size=size, antialias=True) for o,p in zip(x/255, b.tolist())])
@@ -530,13 +535,13 @@ def test_crop_resize_at_once(shape, size, at_once):
 
 @pytest.mark.parametrize('size,c', [(32,3), ((13,29),3), ((9,10),1), (24,5)])
 @pytest.mark.parametrize('kw', pipes.values(), ids=pipes)
-def test_at_once_is_one_by_one(kw, size, c, monkeypatch):
+def test_at_once_is_one_by_one(kw, size, c, one_by_one):
     "The path of other devices, on this one; the resized uint8 image is rounded in the one and not in the other"
     x,kw = images(40, 31).repeat(5,5,1,1)[:,:c],{**kw, 'stats':None} if c!=3 else kw
     for pipe in (get_batch_augs(size, **kw), get_batch_augs(size, exact_hue=True, jitter_s=.3, **kw)):
         res = []
         for each in (True, False):
-            monkeypatch.setattr(A, '_one_by_one', lambda x: each)
+            one_by_one(each)
             for o in (x, x/255): set_seed(7); res.append(pipe.decode(pipe(o)))
         for o in res: agree_in_pixels(o, res[1], 4/255, 1/255) # jitter multiplies what rounding has left
 
@@ -549,8 +554,8 @@ def test_a_gpu_is_never_waited_for(kw, dtype):
     assert [(v.shape[2:], v.device.type, v.dtype) for v in views] == [((32,32),'cuda',torch.float)]*2 + [((12,16),'cuda',torch.float)]*3
 
 @pytest.mark.parametrize('each', [True, False])
-def test_views_are_as_precise_under_autocast(each, monkeypatch):
-    monkeypatch.setattr(A, '_one_by_one', lambda x: each)
+def test_views_are_as_precise_under_autocast(each, one_by_one):
+    one_by_one(each)
     x,pipe = images(40, 36),get_batch_augs(24, rotate=True, stats=None)
     a = seeded(pipe, x)
     with torch.autocast('cpu', torch.bfloat16): b = seeded(pipe, x)
@@ -591,8 +596,8 @@ def test_exact_hue():
 # ---- several at once
 
 def test_views_of_a_kind_are_made_together(monkeypatch):
-    calls,render = [],A._render
-    monkeypatch.setattr(A, '_render', lambda x, n, **kw: (calls.append(n), render(x, n, **kw))[1])
+    calls,render = [],views_module._render
+    monkeypatch.setattr(views_module, '_render', lambda x, n, s: (calls.append(n), render(x, n, s))[1])
     pipes = get_multi_aug_pipelines(2, 16) + get_multi_aug_pipelines(6, 8) + [get_batch_augs(8)]
     x = images(24, 24)
     views = make_views(pipes, x)
@@ -619,7 +624,7 @@ def test_large_batches_are_worked_on_in_parts(monkeypatch):
     x = images(24, 24).repeat(3,1,1,1)
     pipe = get_batch_augs(16, stats=None)
     a = seeded(pipe, x)
-    monkeypatch.setattr(A, '_n_pixels', 1)
+    monkeypatch.setattr(views_module, '_block_pixels', 1)
     assert diff(a, seeded(pipe, x)).max() < 1/255 # the kernel of a part is as wide as its largest sigma wants
 
 # ---- a notice, once

@@ -6,7 +6,7 @@ from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
 from fastai.losses import MSELossFlat
-from fastai.optimizer import Optimizer
+from fastai.optimizer import Optimizer, OptimWrapper, average_grad, momentum_step
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -72,6 +72,39 @@ def test_larc(wd, exempt, clip):
 def test_lars(wd, exempt):
     for a,b in zip(ours(LARS, exempt, wd=wd), lars(ws, gs, lrs, wd, exempt)): np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-6)
 
+def scale(p, lr, wd, trust_coeff, eps, clip, do_wd=True, **kwargs):
+    "The rate of LARC as a function for fastai's optimizer"
+    if not do_wd: return
+    w,g  = p.data.norm(),p.grad.norm()
+    rate = torch.where((w>0) & (g>0), trust_coeff*w/(g + wd*w + eps), torch.ones_like(w))
+    if clip: rate = (rate/lr).clamp_max(1.)
+    p.grad.add_(p.data, alpha=wd).mul_(rate)
+
+@pytest.mark.parametrize('clip,wd,foreach', [(False,.1,None), (True,.1,True), (False,0.,True), (True,1e-6,None)])
+def test_larc_moves_as_an_optimizer_of_fastai_does(clip, wd, foreach):
+    "To the last bit, through two groups with a rate each, exempt, frozen and unused tensors, lengths and gradients of zero, and momenta that change"
+    torch.manual_seed(0)
+    a = [nn.Parameter(torch.randn(o)) for o in ((5,3), (4,), (2,2,3), (7,), (64,64), (3,))]
+    a[-1].data.zero_()
+    b = [nn.Parameter(o.detach().clone()) for o in a]
+    want = Optimizer([a[:2],a[2:]], [partial(scale, clip=clip), average_grad, momentum_step], lr=1., mom=.9, wd=wd, trust_coeff=eta, eps=1e-8)
+    got  = LARC([b[:2],b[2:]], lr=1., wd=wd, clip=clip)
+    got.set_hyper('foreach', [foreach]*2) # what it would choose on a GPU
+    for ps,opt in ((a,want),(b,got)):
+        for i in (1,3): opt.state[ps[i]]['do_wd'] = False
+    for t in range(12):
+        for opt in (want,got):
+            opt.zero_grad()
+            opt.set_hyper('lr', slice(lrs[t%5]/10, lrs[t%5])); opt.set_hyper('mom', .9-.05*t)
+            if t==7: opt.freeze_to(1)
+        for i,(p,q) in enumerate(zip(a, b)):
+            if (t+i)%5==0: continue # has no part in this loss
+            g = torch.randn(p.shape)*10.**-(t%4)*(t%3>0 or i>0)
+            for o in (p,q): o.grad = g.clone()
+        for opt in (want,got): opt.step()
+        for p,q in zip(a, b): assert torch.equal(p, q)
+    for h,k in zip(want.hypers, got.hypers): assert h.items() <= k.items()
+
 def test_without_gradient_or_length():
     ps = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))]
     opt = LARC(ps, lr=.5, wd=0.)
@@ -80,7 +113,7 @@ def test_without_gradient_or_length():
     assert ps[0].tolist()==[-.5]*3 and ps[1].tolist()==ps[2].tolist()==[1.]*3
     opt.set_hyper('wd', .1)
     opt.zero_grad()
-    opt.state[ps[0]].pop('grad_avg')
+    opt.opt.state[ps[0]].pop('momentum_buffer')
     opt.step()
     assert ps[1].tolist()==pytest.approx([1-.5*.1]*3) # decay alone
 
@@ -91,7 +124,7 @@ def test_learner_says_who_is_exempt(wd_bn_bias):
     x = images(16).float()/255
     learn = Learner(tensor_dls(x, bs=8), net(), MSELossFlat(), opt_func=LARC, wd_bn_bias=wd_bn_bias)
     learn.create_opt()
-    assert isinstance(learn.opt, Optimizer)
+    assert isinstance(learn.opt, OptimWrapper)
     free = [s.get('do_wd') is False for p,_,s,_ in learn.opt.all_params()]
     assert free==([False]*6 if wd_bn_bias else [False,True,True,True,False,True])
 
@@ -102,11 +135,13 @@ def official(steps, warmup, start, base, final):
 
 class Half(Exception): pass
 
-@pytest.mark.parametrize('warmup', [0, 2])
-def test_schedule_at_every_step_and_after_a_resume(warmup, tmp_path):
+@pytest.mark.parametrize('warmup,opt_func', [(0,LARS), (2,LARC)])
+def test_schedule_at_every_step_and_after_a_resume(warmup, opt_func, tmp_path):
     args,epochs,batches = (.3,4.8,.0048),5,7
-    def learner(): return Learner(tensor_dls((images(56).float()/255, torch.zeros(56).long()), bs=8, seed=1), net(), lambda p,*_: p.mean(), opt_func=partial(LARC, wd=0.),
-                                  cbs=Checkpoint(tmp_path/'ckpt', minutes=None, steps=5), path=tmp_path)
+    def learner(cbs=True):
+        torch.manual_seed(0)
+        return Learner(tensor_dls((images(56).float()/255, torch.zeros(56).long()), bs=8, seed=1), net(), lambda p,*_: p.sin().mean(), opt_func=partial(opt_func, wd=.1),
+                       cbs=Checkpoint(tmp_path/'ckpt', minutes=None, steps=5) if cbs else None, path=tmp_path)
     def sched(): return ParamScheduler({'lr':warmup_cos(*args, warmup/epochs)})
     def stop(cb):
         if cb.train_iter==18: raise Half('enough')
@@ -120,17 +155,21 @@ def test_schedule_at_every_step_and_after_a_resume(warmup, tmp_path):
     assert [i for i,_ in seen]==list(range(15, epochs*batches)) # from the checkpoint of step 15
     np.testing.assert_allclose([lr for _,lr in seen], want[15:], rtol=1e-9)
     np.testing.assert_allclose(learn.recorder.lrs, want, rtol=1e-9)
+    whole = learner(cbs=False)
+    quiet(whole, epochs, cbs=sched())
+    for p,q in zip(whole.model.parameters(), learn.model.parameters()): assert p.isfinite().all() and torch.equal(p, q) # momentum and exempt tensors included
 
 @pytest.mark.parametrize('warmup', [-.1, 1., 10])
 def test_warmup_is_a_part(warmup):
     with pytest.raises(ValueError, match='part of training'): warmup_cos(.3, 4.8, 0., warmup)
 
-@pytest.mark.parametrize('opt_func', [LARC, partial(LARC, clip=True), LARS])
-def test_reads_nothing_back_from_a_gpu(opt_func):
+@pytest.mark.parametrize('opt_func,foreach', [(LARC,False), (LARC,True), (partial(LARC, clip=True),True), (LARS,None)])
+def test_reads_nothing_back_from_a_gpu(opt_func, foreach):
     "On a GPU that is not there: a value that had to be known would be an error"
     with FakeTensorMode():
         p = nn.Parameter(torch.empty(4, 3, device='cuda'))
         opt = opt_func([p], lr=1.)
+        if foreach is not None: opt.set_hyper('foreach', [foreach]) # a tensor that is not there does not count as one of a GPU
         for _ in range(2):
             p.grad = torch.empty_like(p)
             opt.step()

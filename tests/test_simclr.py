@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
+from self_supervised.basics import block_rows
 from self_supervised.data import tensor_dls
 from self_supervised.vision import simclr
 from self_supervised.vision.simclr import DistributedSimCLR, SimCLR, create_simclr_model, get_simclr_aug_pipelines, nt_xent_loss
@@ -50,7 +51,7 @@ def loss_and_grad(f, z, *args, **kwargs):
 @pytest.mark.parametrize('rows', [1, 5, 1000]) # of similarities at a time
 @pytest.mark.parametrize('V,B', [(2,2), (2,7), (3,4), (8,3)])
 def test_loss_equals_reference(V, B, rows, monkeypatch):
-    monkeypatch.setattr(simclr, '_block', rows*V*B)
+    monkeypatch.setattr(simclr, 'block_rows', lambda *_: rows)
     z = rand(V*B)
     loss,grad = loss_and_grad(nt_xent_loss, z, .3, n_views=V)
     assert loss.item() == pytest.approx(reference.nt_xent(z.numpy(), V, .3), rel=1e-10)
@@ -99,7 +100,7 @@ def test_without_gradient():
     assert a==nt_xent_loss(z.requires_grad_()) and not a.requires_grad
 
 def test_never_holds_all_similarities():
-    "No tensor of the whole pass, forward and backward, is larger than a block; the plain form's are 8 times that"
+    "No tensor of the whole pass, forward and backward, is larger than a block; the plain form's are 16 times that"
     class Largest(TorchDispatchMode):
         n = 0
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -109,9 +110,9 @@ def test_never_holds_all_similarities():
             return out
     z = torch.randn(4096, 8)
     with Largest() as largest: loss_and_grad(nt_xent_loss, z)
-    assert largest.n <= simclr._block
+    assert largest.n <= block_rows(z, 1)
     with Largest() as largest: loss_and_grad(plain_nt_xent, z, .07)
-    assert largest.n==4096**2==8*simclr._block
+    assert largest.n==4096**2==16*block_rows(z, 1)
 
 @pytest.mark.parametrize('z,kwargs,msg', [(torch.randn(5,4), {}, r'\(5, 4\).*n_views=2'), (torch.randn(6,4), dict(n_views=4), 'n_views=4'), (torch.randn(6,4), dict(n_views=1), 'n_views=1'),
                                           (torch.randn(2,3,4), {}, r'\(2, 3, 4\)'), (torch.randn(4,4), dict(temp=0), 'temp=0 must be positive')])

@@ -117,9 +117,9 @@ class Look(TorchDispatchMode):
 
 def test_memory_is_that_of_the_codes():
     "No tensor larger than a block is made, but the codes"
-    s,queue = unit_scores(300, 3000).float(),unit_scores(600, 3000, seed=1).float()
+    s,queue = unit_scores(400, 3000).float(),unit_scores(800, 3000, seed=1).float()
     with Look() as look: q = sinkhorn_knopp(s, queue=queue)
-    assert max(n for n,ptr in look.made if ptr!=q.data_ptr()) <= 2**19 < q.numel()
+    assert max(n for n,ptr in look.made if ptr!=q.data_ptr()) <= 2**20 < q.numel()
 
 def test_wrong_queue():
     with pytest.raises(ValueError, match=r'queue has shape \(4, 5\).*\(samples, 4\)'): sinkhorn_knopp(unit_scores(4, 4), queue=unit_scores(4, 5))
@@ -181,7 +181,7 @@ def test_labels_do_not_depend_on_blocks(monkeypatch, rows):
     z,c = unit_parts(40, 6)
     whole = sinkhorn_labels(z, c)
     seen  = []
-    monkeypatch.setattr(sinkhorn, '_block_rows', lambda t,n: seen.append((len(t), n)) or rows)
+    monkeypatch.setattr(sinkhorn, 'block_rows', lambda t,n: seen.append((len(t), n)) or rows)
     parts = sinkhorn_labels(z, c)
     assert seen==[(40,6)] and torch.equal(parts[0], whole[0]) and parts[1].item()==pytest.approx(whole[1].item(), rel=1e-9)
 
@@ -196,9 +196,9 @@ def test_labels_in_float32_and_autocast(eps):
     assert torch.equal(again[0], got) and torch.equal(again[1], off)
 
 def test_labels_never_hold_all_scores():
-    z,c = unit_parts(4000, 500, dtype=torch.float32) # 2 million scores: four blocks
+    z,c = unit_parts(4000, 500, dtype=torch.float32) # 2 million scores: two blocks
     with Look() as look: sinkhorn_labels(z, c, n_iters=2)
-    assert max(n for n,_ in look.made) <= 2**19 < len(z)*len(c)
+    assert max(n for n,_ in look.made) <= 2**20 < len(z)*len(c)
 
 def test_labels_without_gradient():
     z,c = unit_parts(8, 4)

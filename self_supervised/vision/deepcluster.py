@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['get_deepcluster_aug_pipelines', 'ClusterModel', 'DeepClusterModel', 'create_deepcluster_model', 'deepcluster_loss',
-           'spherical_kmeans', 'DeepCluster']
+           'DeepCluster']
 
 # %% ../../nbs/42_vision.deepcluster.ipynb #b0b51895
 import math
@@ -19,10 +19,10 @@ from fastcore.meta import delegates
 from fastai.layers import apply_init
 
 from ..augmentations import get_batch_augs
-from ..basics import block_rows
 from ..core import SSLCallback
 from ..dist import all_gather, all_mean, all_reduce, rank, world_size
 from ..layers import create_mlp_module, encoder_dim
+from ..kmeans import spherical_kmeans
 from ..memory import EpochIds, check_countable, fill_memory, refresh_memory
 from ..methods import OfficialWeights, register_method
 from ..multicrop import multicrop
@@ -61,14 +61,14 @@ class ClusterModel(nn.Module):
 
     def forward(self,
         x:Tensor|list, # views [(B,C,h,w),…], or images (B,C,H,W)
-    ) -> tuple|Tensor: # embeddings (V·B,D) of unit length and scores (V·B,H,K), view by view; or features (B,F)
-        "Embeddings and scores of a list of views; features of a batch of images"
+    ) -> tuple|Tensor: # projections (V·B,D) of unit length and scores (V·B,H,K), view by view; or features (B,F)
+        "Projections and scores of a list of views; features of a batch of images"
         return self.score(multicrop(self.encoder, x)) if isinstance(x, (list,tuple)) else self.encoder(x)
 
     def score(self,
         feats:Tensor, # (B,F) features of the encoder
-    ) -> tuple: # embeddings (B,D) of unit length, and scores (B,H,K)
-        "What features become: embeddings, and their scores"
+    ) -> tuple: # projections (B,D) of unit length, and scores (B,H,K)
+        "What features become: projections, and their scores"
         z = F.normalize(self.projector(feats), dim=1)
         return z, self.prototypes(z).unflatten(1, (self.n_heads,-1))
 
@@ -83,7 +83,7 @@ class DeepClusterModel(ClusterModel):
 def create_deepcluster_model(
     encoder:nn.Module, # any module that gives (B,F) features; `create_encoder` makes one
     hidden_size:int=256, # width of the projector (2048 in the official code, for ResNet-50)
-    projection_size:int=128, # D, size of an embedding (official code)
+    projection_size:int=128, # D, size of a projection (official code)
     n_protos:int=3000, # K, clusters of a head (official code, for ImageNet)
     bn:bool=True, # batch norm in the projector, as in the official code
     nlayers:int=2, # linear layers in the projector, as in the official code
@@ -103,33 +103,6 @@ def deepcluster_loss(
 ) -> Tensor: # scalar
     "Cross-entropy of all views, the assigning ones too, with the cluster of their image, the mean over heads"
     return F.cross_entropy(scores.flatten(0,2)/temp, labels.T.expand(scores.shape[:3]).flatten())
-
-# %% ../../nbs/42_vision.deepcluster.ipynb #db4ae9d6
-def _nearest(x, centroids):
-    "The centroid with the largest scalar product"
-    return torch.cat([(o@centroids.T).max(1).indices for o in x.split(block_rows(x, len(centroids)))]) # on a CPU `argmax` takes twice as long
-
-def _nearest_faiss(x, centroids):
-    import faiss
-    index = faiss.IndexFlatIP(x.shape[1])
-    index.add(centroids.float().cpu().numpy())
-    return torch.from_numpy(index.search(x.float().cpu().numpy(), 1)[1][:,0]).to(x.device)
-
-@torch.no_grad()
-def spherical_kmeans(
-    x:Tensor, # (n,D) of unit length, those of this process
-    centroids:Tensor, # (K,D) of unit length to begin with, the same on all processes
-    n_iters:int=10, # rounds (official code)
-    faiss:bool=False, # search with FAISS, on the CPU
-) -> tuple: # centroids (K,D), the same on all processes, and the number of the nearest one for each row (n,)
-    "K-means by scalar products; a centroid that nobody is nearest to stays"
-    nearest = _nearest_faiss if faiss else _nearest
-    for _ in range(n_iters):
-        labels = nearest(x, centroids)
-        sums   = all_reduce(torch.zeros_like(centroids, dtype=x.dtype).index_add_(0, labels, x))
-        counts = all_reduce(torch.zeros(len(centroids), device=x.device).index_add_(0, labels, torch.ones(len(x), device=x.device)))
-        centroids = torch.where(counts[:,None]>0, F.normalize(sums, dim=1), centroids)
-    return centroids,nearest(x, centroids)
 
 # %% ../../nbs/42_vision.deepcluster.ipynb #b894bcd8
 class DeepCluster(SSLCallback):
@@ -227,7 +200,7 @@ def nearest(self:DeepCluster,
 
 @patch
 def lf(self:DeepCluster,
-    pred:tuple, # embeddings (V·B,D) and scores (V·B,H,K) from the model
+    pred:tuple, # projections (V·B,D) and scores (V·B,H,K) from the model
 ) -> Tensor: # scalar
     "The loss of this batch, joined over processes; and a look into the memory"
     z,scores = (o.unflatten(0, (len(self.aug_pipelines),-1)) for o in pred)

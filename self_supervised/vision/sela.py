@@ -35,7 +35,7 @@ class SeLaModel(ClusterModel):
 def create_sela_model(
     encoder:nn.Module, # any module that gives (B,F) features; `create_encoder` makes one
     hidden_size:int=256, # width of the projector (2048 for ResNet-50)
-    projection_size:int=128, # D, size of an embedding
+    projection_size:int=128, # D, size of a projection
     n_protos:int=3000, # K, prototypes of a head (chosen: DeepCluster-v2's)
     **kwargs # as in `create_deepcluster_model`
 ) -> SeLaModel: # its prototypes learn

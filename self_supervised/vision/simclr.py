@@ -155,6 +155,6 @@ register_method('simclr', SimCLR, SimCLRModel, create_simclr_model, get_simclr_a
     simclr_cifar10   = dict(like='simclr_v1_100ep', about='Command for CIFAR-10 in the README of the code of Chen et al. 2020; linear: about 91 %.',
                             arch='resnet18', low_resolution=True, bs=512, epochs=1000, lr=2., size=32, jitter_s=.5, blur=False, hidden_size=512, temp=.5),
     simclr_small     = dict(bs=128, epochs=12, opt='adam', lr_start=4e-4, lr=4e-3, lr_final=4e-6, warmup_epochs=1., mom=.9, wd=.01, precision='fp32', arch='test_resnet', low_resolution=True,
-                            jitter_s=.5, bw=False, blur=False, hidden_size=512, bn=True, temp=.1, size=28, resize_scale=(.4,1.),
+                            size=28, resize_scale=(.4,1.), jitter_s=.5, bw=False, blur=False, hidden_size=512, bn=True, temp=.1,
                             about='Ours: Fashion-MNIST, 5,000 images, seeds 0 to 2, commit 0fa7550, 1,000 test images in %: '
                                   'k-NN(20) 80.2 ± 1.6, linear on ten labels a class 70.3 ± 1.2, on all 85.4 ± 0.3.')));

@@ -67,14 +67,14 @@ class SwAVModel(nn.Module):
 
     def forward(self,
         x:Tensor|list, # views [(B,C,h,w),…], or images (B,C,H,W)
-    ) -> tuple|Tensor: # embeddings (V·B,D) of unit length and scores (V·B,K), view by view; or features (B,F)
-        "Embeddings and scores of a list of views; features of a batch of images"
+    ) -> tuple|Tensor: # projections (V·B,D) of unit length and scores (V·B,K), view by view; or features (B,F)
+        "Projections and scores of a list of views; features of a batch of images"
         return self.score(multicrop(self.encoder, x)) if isinstance(x, (list,tuple)) else self.encoder(x)
 
     def score(self,
         feats:Tensor, # (B,F) features of the encoder
-    ) -> tuple: # embeddings (B,D) of unit length, and scores (B,K)
-        "What features become: embeddings, and their scores"
+    ) -> tuple: # projections (B,D) of unit length, and scores (B,K)
+        "What features become: projections, and their scores"
         z = F.normalize(self.projector(feats), dim=1)
         return z, self.prototypes(z)
 
@@ -82,7 +82,7 @@ class SwAVModel(nn.Module):
 def create_swav_model(
     encoder:nn.Module, # any module that gives (B,F) features; `create_encoder` makes one
     hidden_size:int=256, # width of the projector (2048 in the paper, for ResNet-50)
-    projection_size:int=128, # D, size of an embedding (paper, section 4)
+    projection_size:int=128, # D, size of a projection (paper, section 4)
     n_protos:int=3000, # K, number of prototypes (paper, section 4, for ImageNet); for small data up to ten times the clusters you expect
     bn:bool=True, # batch norm in the projector, as in the official code
     nlayers:int=2, # linear layers in the projector, as in the official code
@@ -167,6 +167,9 @@ def settling(self:SWAV) -> int: # steps of the optimizer
     "How long the prototypes are frozen, if that was said"
     return self.freeze_prototypes_niters or 0
 
+SWAV.heads         = staticmethod(lambda model: model.prototypes.weight.detach()[None])     # one head
+SWAV.official_args = staticmethod(lambda n_heads: {} if n_heads==1 else None)               # and one set of prototypes in the released files
+
 # %% ../../nbs/40_vision.swav.ipynb #251a81da
 @patch
 @torch.no_grad()
@@ -184,7 +187,7 @@ def codes(self:SWAV,
 
 @patch
 def lf(self:SWAV,
-    pred:tuple, # embeddings (V·B,D) and scores (V·B,K) from the model
+    pred:tuple, # projections (V·B,D) and scores (V·B,K) from the model
 ) -> Tensor: # scalar
     "The swapped loss of this batch, joined over processes"
     z,scores = (o.unflatten(0, (len(self.aug_pipelines),-1)) for o in pred)
@@ -259,20 +262,6 @@ def suggest(cls:SWAV,
         dict(n_protos=max(10, min(protos_for(n_images), 2*(recipe.bs+(K or 0)))))))
     return res
 
-@patch(cls_method=True)
-def heads(cls:SWAV,
-    model:nn.Module, # of the method
-) -> Tensor: # (1,K,D), not a copy
-    "The prototypes, which are one head"
-    return model.prototypes.weight.detach()[None]
-
-@patch(cls_method=True)
-def official_args(cls:SWAV,
-    n_heads:int, # sets of prototypes in the file
-) -> dict: # or None
-    "Released files of SwAV have one set of prototypes"
-    return {} if n_heads==1 else None
-
 # %% ../../nbs/40_vision.swav.ipynb #7da63d00
 _official    = 'Official run of Caron et al. 2020; ImageNet, linear: {} % top-1.'
 _small_batch = dict(bs=256, lr=.6, lr_start=.6, lr_final=.0006, warmup_epochs=0., K=3840)
@@ -280,7 +269,7 @@ _wide        = dict(epochs=400, num_crops=(2,4), hidden_size=8192)
 _first = dict(wd_bn_bias=True, freeze_epochs=1., queue_start_epoch=15., num_crops=(2,6), crop_sizes=(224,96), min_scales=(.14,.05), max_scales=(1.,.14),
               jitter_s=1., jitter_p=.8, bw_p=.2, blur_p=.5, blur_s=(.1,2.), hidden_size=2048, projection_size=128, n_protos=3000,
               crop_assgn_ids=(0,1), K=None, temp=.1, eps=.05, n_sinkh_iter=3, epochs=100)
-_runs = {nm: (arch, top1, like) for nm,arch,top1,like in [ # name → architecture, top-1 in %, what differs from the first
+_runs = {nm: (arch, top1, changes) for nm,arch,top1,changes in [ # name → architecture, top-1 in %, what differs from the first
     ('swav_100ep',        'resnet50',   72.1, {}),
     ('swav_200ep',        'resnet50',   73.9, dict(epochs=200)),
     ('swav_400ep',        'resnet50',   74.6, dict(epochs=400)),
@@ -293,18 +282,18 @@ _runs = {nm: (arch, top1, like) for nm,arch,top1,like in [ # name → architectu
     ('swav_RN50w5_400ep', 'resnet50w5', 78.5, _wide | dict(bs=1536, lr=4.8, lr_start=.1875, lr_final=0., K=1536, queue_start_epoch=0., hidden_size=10240))]}
 
 _small = dict(bs=128, epochs=12, opt='adam', lr_start=4e-4, lr=4e-3, lr_final=4e-6, warmup_epochs=1., mom=.9, wd=.01, precision='fp32', arch='test_resnet', low_resolution=True,
-              jitter_s=.5, bw=False, blur=False, hidden_size=512, bn=True, temp=.1, num_crops=(2,4), crop_sizes=(28,14), min_scales=(.4,.1), max_scales=(1.,.4), n_protos=100,
-              crop_assgn_ids=(0,1), K=None, freeze_epochs=.5,
+              num_crops=(2,4), crop_sizes=(28,14), min_scales=(.4,.1), max_scales=(1.,.4), n_protos=100, crop_assgn_ids=(0,1), K=None, freeze_epochs=.5,
+              jitter_s=.5, bw=False, blur=False, hidden_size=512, bn=True, temp=.1,
               about='Ours: Fashion-MNIST, 5,000 images, seeds 0 to 2, commit 0fa7550, 1,000 test images in %: '
                     'k-NN(20) 80.6 ± 0.5, linear on ten labels a class 73.4 ± 0.9, on all 85.6 ± 0.5.')
 
 # %% ../../nbs/40_vision.swav.ipynb #84a595ef
-_url = 'https://dl.fbaipublicfiles.com/deepcluster/{}_pretrain.pth.tar'
-_multi,_less,_two = '2×224 + 6×96','2×224 + 4×96','2×224'
-_crops = {'swav_400ep_2x224':_two} | {f'swav_RN50w{o}_400ep':_less for o in (2,4,5)}
+def _recipe(nm, arch, top1, changes): return (_first if nm=='swav_100ep' else dict(like='swav_100ep')) | dict(arch=arch, about=_official.format(top1), **changes)
 
-def _weights(nm, arch, top1, like): return OfficialWeights(arch, 'SwAV', like.get('epochs', 100), like.get('bs', 4096), _crops.get(nm, _multi), top1, _url.format(nm))
+def _weights(nm, arch, top1, changes):
+    r = _first | changes
+    return OfficialWeights(arch, 'SwAV', r['epochs'], r.get('bs', 4096), ' + '.join(f'{n}×{o}' for n,o in zip(r['num_crops'], r['crop_sizes'])), top1,
+                           f'https://dl.fbaipublicfiles.com/deepcluster/{nm}_pretrain.pth.tar')
 
 register_method('swav', SWAV, SwAVModel, create_swav_model, get_swav_aug_pipelines, swav_loss,
-    recipes={nm: (dict(like='swav_100ep') if nm!='swav_100ep' else _first) | dict(arch=arch, about=_official.format(top1), **like) for nm,(arch,top1,like) in _runs.items()} | dict(swav_small=_small),
-    weights={nm: _weights(nm, *o) for nm,o in _runs.items()});
+                recipes={nm: _recipe(nm, *o) for nm,o in _runs.items()} | dict(swav_small=_small), weights={nm: _weights(nm, *o) for nm,o in _runs.items()});
