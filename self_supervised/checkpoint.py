@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Checkpoint', 'write_atomic', 'read_checked', 'encoder_info', 'load_encoder']
 
-# %% ../nbs/65_checkpoint.ipynb #3f44f32b
+# %% ../nbs/65_checkpoint.ipynb #d08f5cc0
 import os, signal, threading, time, warnings
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from traceback import walk_stack
@@ -222,7 +223,8 @@ def _rest_of_epoch(learn, cb, override):
     cb._restore(override)
     cb._at,cb._rng_begin = (learn.epoch,n),rngs['begin']
     if n<learn.n_iter:
-        for o in enumerate(batches_after(dl, learn.dls, n, **rngs), n): learn.one_batch(*o)
+        with closing(batches_after(dl, learn.dls, n, **rngs)) as rest: # an error in a batch leaves nothing behind in the loader
+            for o in enumerate(rest, n): learn.one_batch(*o)
     else: cb._end = cb._passing()
 
 @patch

@@ -31,28 +31,28 @@ def known() -> dict: # as from `ask_package`
     "The same without importing them, unless that has been done: then there may be more, registered by the user"
     return ask_package() if 'self_supervised.recipes' in sys.modules else json.loads(flags_file.read_text(encoding='utf-8'))
 
-# %% ../nbs/70_cli_command.ipynb #906872c7
+# %% ../nbs/70_cli_command.ipynb #fad0c823
 def _value(s, type, none):
     "The word `s` as a value"
     if none and s.lower()=='none': return None
     try: return {'str':str, 'int':int, 'float':float, 'number':lambda s: int(s) if s.isdigit() else float(s)}[type](s)
     except ValueError: raise argparse.ArgumentTypeError(f'{s!r} must be {type if type=="number" else f"of type {type}"}{", or none" if none else ""}')
 
-def _add_settings(p):
-    "Add a flag for each setting to the parser `p`"
+def _add_settings(p, settings):
+    "Add a flag for each of `settings` to the parser `p`"
     g = p.add_argument_group('settings of the recipe, which has a value for each that is not given')
-    for k,o in known()['settings'].items():
+    for k,o in settings.items():
         kw = dict(action=argparse.BooleanOptionalAction) if o['type']=='bool' else dict(
             type=partial(_value, type=o['type'], none=o['none']), nargs='+' if o['many'] else None, metavar='N' if o['many'] else f'({o["type"]})')
         g.add_argument(f'--{k.replace("_","-")}', dest=k, default=argparse.SUPPRESS, help=o['help'], **kw)
 
-def _joined(k, v):
+def _joined(v, stats=False, one=False):
     "Several words as the one value that the recipe wants"
     if not isinstance(v, list): return v
-    if k=='stats' and len(v)%2==0: v = [v[:len(v)//2], v[len(v)//2:]]
-    return v[0] if v==[None] or len(v)==1 and known()['settings'][k]['one'] else tuple(v)
+    if stats and len(v)%2==0: v = [v[:len(v)//2], v[len(v)//2:]]
+    return v[0] if v==[None] or len(v)==1 and one else tuple(v)
 
-# %% ../nbs/70_cli_command.ipynb #6cafa952
+# %% ../nbs/70_cli_command.ipynb #c398c336
 def nearest(
     nm:str, # what was written
     names:list, # what could have been meant
@@ -67,17 +67,18 @@ def parse(
     words:list, # of a command line, without the name of the command
 ) -> dict: # arguments for `f`
     "Arguments from words; a mistake ends the program with a message"
-    p = anno_parser(f, prog=f.__name__)
+    p,said = anno_parser(f, prog=f.__name__),known()
     p.usage = ' '.join([f.__name__, *(o.dest.upper() for o in p._actions if not o.option_strings), '[--flag value …]', '   (--help lists the flags)'])
     for o in p._actions:
         if o.default is False: o.help = o.help.removesuffix(' (default: False)')
-        if o.dest=='recipe': o.help += ': '+', '.join(known()['recipes'])
-    if settings := any(o.kind is o.VAR_KEYWORD for o in inspect.signature(f).parameters.values()): _add_settings(p)
+        if o.dest=='recipe': o.help += ': '+', '.join(said['recipes'])
+    settings = said['settings'] if any(o.kind is o.VAR_KEYWORD for o in inspect.signature(f).parameters.values()) else {}
+    if settings: _add_settings(p, settings)
     args,rest = p.parse_known_args(words)
     flags = [o for a in p._actions if a.help!=argparse.SUPPRESS for o in a.option_strings]
     if rest: p.error(f'{rest[0]} is unknown: ' + (nearest(rest[0].partition('=')[0], flags) if rest[0][0]=='-' else 'is it one word too many?'))
     args = {k:v for k,v in vars(args).items() if k not in ('pdb','xtra')}
-    return {k:_joined(k, v) for k,v in args.items()} if settings else args
+    return {k:_joined(v, k.endswith('stats'), settings[k]['one']) if k in settings else v for k,v in args.items()}
 
 def command(
     f:callable, # a function whose parameters have comments

@@ -113,7 +113,7 @@ def _suggest(recipe, fns, n_in):
         flags += [f'--{nm}' if v else f'--no-{nm}'] if isinstance(v, bool) else [f'--{nm}', *(f'{o:.6g}' if isinstance(o, float) else str(o).lower() for o in (v if isinstance(v, tuple) else [v]))]
     print('\n'+_again([o for o in sys.argv if o!='--suggest']+flags))
 
-# %% ../nbs/72_cli_pretrain.ipynb #770c29a4
+# %% ../nbs/72_cli_pretrain.ipynb #a47803c2
 @command
 def ssl_pretrain(
     source:str, # folder of images, searched with all below it; labels are not looked at
@@ -155,7 +155,7 @@ def ssl_pretrain(
     from self_supervised.data import image_dls, list_images
     from self_supervised.export import git_commit
     from self_supervised.grad_checkpoint import checkpoint_encoder
-    from self_supervised.diagnostics import CollapseMonitor
+    from self_supervised.monitor import CollapseMonitor
     from self_supervised.online import OnlineKNN
     from self_supervised.recipes import get_recipe
 

@@ -207,7 +207,6 @@ def list_images(
                                  '.jpg, .jpeg, .png, .bmp, .gif, .tif, .webp and the rest of fastai.data.transforms.image_extensions; '
                                  'pass a list of files if yours have others')
     return fns
-_list_images = list_images
 
 # %% ../nbs/10_data.ipynb #a3b380c8
 def image_dls(

@@ -28,7 +28,7 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 import self_supervised.recipes # noqa: F401 (has all methods registered)
 from .basics import check_size
 from .cli_command import command
-from .data import _list_images, open_image
+from .data import list_images, open_image
 from .methods import ssl_methods
 from .pipelines import make_views
 
@@ -361,7 +361,7 @@ def ssl_explore(
     _streamlit()
     check_size(size)
     path,port = Path(source or '').expanduser(),_free_port(port)
-    files = [] if source is None else [path] if path.is_file() else _list_images(source)[:max_images]
+    files = [] if source is None else [path] if path.is_file() else list_images(source)[:max_images]
     for o in files: read_image(o, size)
     from streamlit import net_util
     from streamlit.web import bootstrap

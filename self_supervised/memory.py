@@ -20,12 +20,8 @@ class EpochIds:
     "The numbers, in the dataset, of the images of each batch of an epoch"
     def __init__(self,
         dl:DataLoader, # of fastai, in the first batch that it gives in this epoch
-        first:int=0, # the number of this batch
-        n_batches:int=0, # batches in the whole epoch, to tell an order that begins with this batch from a whole one
     ):
-        self.order,self.bs = list(dl.sample()),dl.bs
-        left = len(self.order)//self.bs if dl.drop_last else -(-len(self.order)//self.bs)
-        self.first = first if left<n_batches else 0
+        self.order,self.bs,self.first = list(dl.sample()),dl.bs,vars(dl).get('first_batch', 0)
 
     def __getitem__(self,
         i:int, # number of a batch

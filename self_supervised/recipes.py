@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Recipe', 'register_recipe', 'recipes', 'get_recipe', 'setting_info']
 
-# %% ../nbs/67_recipes.ipynb #0e788ba2
+# %% ../nbs/67_recipes.ipynb #075f1e8d
 import difflib, inspect, textwrap
-from functools import partial
+from functools import lru_cache, partial
 from importlib import import_module
 from pkgutil import iter_modules
 
@@ -36,7 +36,7 @@ from .optimizer import LARC, LARS, warmup_cos
 
 for _o in iter_modules(vision.__path__): import_module(f'self_supervised.vision.{_o.name}') # they register their methods
 
-# %% ../nbs/67_recipes.ipynb #c2741a48
+# %% ../nbs/67_recipes.ipynb #f41b7827
 _opts = dict(larc=LARC, lars=LARS, sgd=partial(SGD, decouple_wd=False), adam=Adam)
 _no_settings = {'self', 'kwargs', 'encoder', 'n_features', 'aug_pipelines', 'print_augs', 'cuda', 'xtra_tfms', 'return'} # of functions
 
@@ -45,13 +45,21 @@ def _functions(method):
     m = ssl_methods()[method]
     return dict(views=m.get_aug_pipelines, model=m.create_model, callback=m.callback)
 
+@lru_cache(None)
+def _docs(f): return docments(f, full=True) # which reads the source
+
+@lru_cache(None)
+def _args(f): return [k for k in inspect.signature(f).parameters if k not in _no_settings]
+
+def _own(): return [k for k in _args(Recipe) if k not in ('name','method','about')]
+
 def _setting(owner, arg):
     "What the argument `arg` is called in a recipe"
-    return f'{owner}.{arg}' if arg in inspect.signature(Recipe).parameters else arg
+    return f'{owner}.{arg}' if arg in _args(Recipe) else arg
 
 def _arguments(method):
     "Owner → its settings and the arguments that they are"
-    return {nm: {_setting(nm, k):k for k in inspect.signature(f).parameters if k not in _no_settings} for nm,f in _functions(method).items()}
+    return {nm: {_setting(nm, k):k for k in _args(f)} for nm,f in _functions(method).items()}
 
 def _in_epochs(*methods):
     "Settings that a recipe of these methods gives in epochs: name → (argument, is it a part of training?, help)"
@@ -61,7 +69,7 @@ def _near(nm, names):
     near = difflib.get_close_matches(nm, names, n=3)
     return f'; did you mean {", ".join(near)}?' if near else f'; there are {", ".join(names)}'
 
-# %% ../nbs/67_recipes.ipynb #bfebcc1a
+# %% ../nbs/67_recipes.ipynb #60678c28
 class Recipe:
     "The settings of a pretraining run"
     def __init__(self,
@@ -92,8 +100,7 @@ class Recipe:
         store_attr(but='kwargs')
         for k in _in_epochs(method): setattr(self, k, kwargs.pop(k, None))
         self.args = {k:v for k,v in kwargs.items() if v is not None or k not in _in_epochs(*ssl_methods())} # None for what only others count is no setting
-        for k in self.args:
-            if k not in self.names: raise ValueError(f'{k} is no setting of a {method} recipe{_near(k, self.names)}')
+        if bad := [k for k in self.args if k not in self.names]: raise ValueError(f'{bad[0]} is no setting of a {method} recipe{_near(bad[0], self.names)}')
 
     @property
     def names(self) -> list: # of strings
@@ -125,8 +132,6 @@ class Recipe:
         known   = _recipes.get(self.name, self).settings
         changed = [k for k,v in self.settings.items() if k not in known or known[k]!=v]
         return '\n'.join([f'{self.name} ({self.method}{", but for "+", ".join(changed) if changed else ""}). {self.about}', *lines])
-
-def _own(): return [k for k in inspect.signature(Recipe).parameters if k not in ('name', 'method', 'about', 'kwargs')]
 
 # %% ../nbs/67_recipes.ipynb #85ea93b5
 _recipes = {}
@@ -163,16 +168,14 @@ def get_recipe(
     if name not in _known(): raise ValueError(f'{name!r} is not the name of a recipe{_near(name, recipes())}')
     return _recipes[name].new(**settings)
 
-# %% ../nbs/67_recipes.ipynb #15e73abe
+# %% ../nbs/67_recipes.ipynb #05bd3662
 def setting_info() -> dict: # name → dict(anno, default, docment)
     "Type, default and help of every setting of every method, as its function documents it"
-    own = docments(Recipe, full=True)
-    res = {k:own[k] for k in _own()}
+    res = {k:_docs(Recipe)[k] for k in _own()}
     for k,(_,_,help) in _in_epochs(*ssl_methods()).items(): res.setdefault(k, AttrDict(anno=float, default=None, docment=help))
     for m in ssl_methods():
         for nm,f in _functions(m).items():
-            for k,v in docments(f, full=True).items():
-                if k not in _no_settings: res.setdefault(_setting(nm, k), v)
+            for k in _args(f): res.setdefault(_setting(nm, k), _docs(f)[k])
     return res
 
 # %% ../nbs/67_recipes.ipynb #30a40fb6

@@ -27,7 +27,7 @@ def can_skip(
     if not isinstance(inner, DataLoader) or inner.bs is None or inner.n is None: return False
     return inner.fake_l.num_workers==0 or (hasattr(inner.dataset, 'tls') and not any(isinstance(f, RandTransform) for f in _all_steps(inner)))
 
-# %% ../nbs/64_replay.ipynb #9e03f363
+# %% ../nbs/64_replay.ipynb #9c98b980
 def _skipping(dl, dls, n, now):
     "The batches of `dl` after the first `n`, which are not read"
     get_idxs = dl.get_idxs
@@ -35,6 +35,7 @@ def _skipping(dl, dls, n, now):
         del dl.get_idxs
         idxs = get_idxs()[n*dl.bs:]
         if isinstance(dl, DistributedDL): dl.i = n*dl.bs # images it has given so far
+        dl.first_batch = n # for those who ask which images are in a batch
         dl.fake_l.generator = torch.Generator()
         set_rng_states(dls, now)
         return idxs
@@ -44,7 +45,7 @@ def _skipping(dl, dls, n, now):
             vars(dl.fake_l).pop('generator', None) # the next epoch draws its seed as ever
             yield b
     finally: # there may have been no batch, or an error
-        for o,nm in ((dl,'get_idxs'), (dl.fake_l,'generator')): vars(o).pop(nm, None)
+        for o,nm in ((dl,'get_idxs'), (dl,'first_batch'), (dl.fake_l,'generator')): vars(o).pop(nm, None)
 
 def batches_after(
     dl, # the loader of the epoch, also dealt out to processes

@@ -1,7 +1,8 @@
 "A small Learner for every registered method: which arguments a method takes is read from its signatures"
 import inspect
+from contextlib import contextmanager
 
-import torch
+import pytest, torch
 from fastai.learner import Learner
 from torch import nn
 
@@ -34,8 +35,19 @@ def callback(name, aug_pipelines=None, **kwargs):
 
 def images(n=40, c=1, size=14): return torch.randint(0, 256, (n,c,size,size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
+def loaders(name, *xs, bs=8, **kwargs):
+    "DataLoaders of images to train on and perhaps to validate on, with labels if the method needs them"
+    return tensor_dls(*([(x, torch.arange(len(x))%4) for x in xs] if methods[name].callback.needs_labels else xs), bs=bs, **kwargs)
+
+@contextmanager
+def without_labels(name):
+    "For what is done here with unlabelled data: a method that needs labels refuses it"
+    if not methods[name].callback.needs_labels: yield
+    else:
+        with pytest.raises(ValueError, match='learns from labels and this data has none: .*label_func'): yield
+
 def learner(name, dls=None, m=None, cb=None, cbs=(), **kwargs):
-    dls = tensor_dls(images(), images(12), bs=8) if dls is None else dls
+    dls = loaders(name, images(), images(12)) if dls is None else dls
     return Learner(dls, model(name) if m is None else m, cbs=[callback(name) if cb is None else cb, *cbs], **kwargs)
 
 def quiet(learn, *args, **kwargs):

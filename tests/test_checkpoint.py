@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np, pytest, timm, torch, torchvision
 import torch.distributed as tdist
-import torch.multiprocessing as mp
+from fastai.callback.core import Callback
 from fastai.callback.schedule import LRFinder # noqa: F401 (patches lr_find and fit_one_cycle into Learner)
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
@@ -16,18 +16,20 @@ from fastai.torch_core import set_seed
 from fastai.vision.augment import RandTransform
 from torch import nn
 
-from self_supervised import checkpoint
-from self_supervised.checkpoint import Checkpoint, _batches_after, _rngs, encoder_info, load_encoder, read_checked, write_atomic
-from self_supervised.watcher import Watcher
+from self_supervised import state
+from self_supervised.checkpoint import Checkpoint, encoder_info, load_encoder, read_checked, write_atomic
 from self_supervised.data import tensor_dls
 from self_supervised.dist import world_size
 from self_supervised.layers import checkpoint_encoder, create_encoder, create_timm_encoder
+from self_supervised.queue import FeatureQueue
+from self_supervised.replay import batches_after
+from self_supervised.run_settings import run_settings
+from self_supervised.state import load_model, rng_states, state_of
 from self_supervised.vision.swav import SWAV
+from self_supervised.watcher import Watcher
 
-import methods
+import methods, processes
 from methods import augs, callback, images
-
-mp.set_forkserver_preload(['self_supervised.all', 'methods'])
 
 class Sometimes(nn.Module):
     "A layer that is left out by chance: then its parameters have no gradient, or an old one of zero (DDP does not allow it)"
@@ -71,23 +73,35 @@ def go_on(folder, fit=fit, **kwargs):
     fit(learn)
     return learn
 
-def check(tmp_path, event='after_pred', nth=9, fit=fit, **kwargs):
+def check(tmp_path, event='after_pred', nth=9, fit=fit, want=None, **kwargs):
     "A run that dies and goes on in a new Learner, with other weights and random numbers, equals one that does not"
-    whole = make(tmp_path/'whole', **kwargs); fit(whole)
+    whole = None
+    if want is None: fit(whole := make(tmp_path/'whole', **kwargs)); want = outcome(whole)
     dying = make(tmp_path/'dying', **kwargs)
     dying.add_cb(Die(event, nth))
     with pytest.raises(KeyboardInterrupt): fit(dying)
     assert dying.checkpoint.files
     learn = go_on(tmp_path/'dying', fit, **kwargs)
-    assert same(outcome(whole), outcome(learn))
+    assert same(want, outcome(learn))
     return whole,learn
 
 
 # Goes on exactly
 
-@pytest.mark.parametrize('name', methods.methods)
-@pytest.mark.parametrize('event,nth', [('before_batch', 5), ('after_backward', 6), ('after_step', 5), ('before_validate', 1), ('after_epoch', 2), ('before_epoch', 3)])
-def test_anywhere(tmp_path, name, event, nth): check(tmp_path, event, nth, name=name)
+@pytest.fixture(scope='module')
+def whole_runs(tmp_path_factory):
+    "What a run of a method gives that nobody kills"
+    res = {}
+    def _get(name):
+        if name not in res: fit(learn := make(tmp_path_factory.mktemp('whole'), name)); res[name] = outcome(learn)
+        return res[name]
+    return _get
+
+anywhere = [('before_batch', 5), ('after_backward', 6), ('after_step', 5), ('before_validate', 1), ('after_epoch', 2), ('before_epoch', 3)]
+
+# all events for one method; the others in an epoch and between two
+@pytest.mark.parametrize('name,event,nth', [(nm,*o) for nm in methods.methods for i,o in enumerate(anywhere) if nm=='swav' or i in (1,3)])
+def test_anywhere(tmp_path, whole_runs, name, event, nth): check(tmp_path, event, nth, want=whole_runs(name), name=name)
 
 def test_nothing_saved_yet(tmp_path):
     dying = make(tmp_path, steps=100)
@@ -103,6 +117,34 @@ def test_nothing_saved_yet(tmp_path):
     dict(cb=lambda: SWAV(augs('swav'), [0,1], K=None, hard_codes=True)), dict(keep=1)],
     ids=['accumulate','clip','sgd','adamw','frozen','hard','keep1'])
 def test_settings(tmp_path, kwargs): check(tmp_path, **kwargs)
+
+@pytest.mark.parametrize('nth,done', [(8,2), (7,2), (5,1)], ids=['within','step','first'])
+def test_steps_that_are_counted(tmp_path, nth, done):
+    "Prototypes are fixed for three optimizer steps of three batches each; whether a run dies between two of them or just after one, they move in the same step"
+    moved = []
+    class Look(Watcher):
+        def after_batch(self):
+            if self.training: moved.append((self.learn.swav.steps_done, self.learn.model.prototypes.weight.clone()))
+    kwargs = dict(cb=lambda: SWAV(augs('swav'), [0,1], K=None, freeze_prototypes_niters=3), cbs=[partial(GradientAccumulation, 24), Look], steps=1)
+    whole,learn = check(tmp_path, 'after_backward', nth, **kwargs)
+    whole_run,again = moved[:15],moved[15+nth-1:] # the last one did not come to its end
+    assert [o for o,_ in whole_run]==[i//3 for i in range(1, 16)] and len(again)==15-(nth-1) and again[0][0]==nth//3
+    assert [torch.equal(whole_run[0][1], o) for _,o in whole_run]==[i<12 for i in range(1, 16)]
+    assert same(whole_run[nth-1:], again) and learn.swav.steps_done==whole.swav.steps_done==5 and read_checked(learn.checkpoint.files[0])['cbs']['swav']['steps_done']>=done
+
+def test_a_batch_is_no_state(tmp_path):
+    "What a class calls transient is left out, of methods and of any other callback; the file holds nothing of the views"
+    class Held(Watcher):
+        transient = ('scores',)
+        def __init__(self): self.scores,self.n = None,0
+        def after_pred(self): self.scores,self.n = self.pred[1],self.n+1
+    fit(learn := make(tmp_path, steps=1, cbs=[Held]), 1)
+    for nm,cbs in (('swav', {'views','target','last_codes','now'}), ('held', {'scores'})):
+        saved = read_checked(learn.checkpoint.files[-2])['cbs'][nm]
+        assert not cbs & set(saved) and saved['n' if nm=='held' else 'steps_done']==4
+    class Loud(SWAV): transient = (*SWAV.transient, 'loud')
+    cb = Loud(augs('swav'), [0,1]); cb.loud = 1
+    assert 'loud' not in state_of(cb) and set(state_of(cb))==set(state_of(SWAV(augs('swav'), [0,1])))
 
 class Scaled(Watcher):
     "Stands in for `MixedPrecision`, whose scaler does nothing without a GPU"
@@ -189,16 +231,52 @@ def test_loaders(tmp_path, dls):
 def test_skips_or_reads_again():
     "Batches that are left out are not read where that changes nothing, and read where it might"
     for dls,read in ((items(0, Shake), 8), (DataLoaders(torch.utils.data.DataLoader(Torch(), 8)), 40)):
-        begin = _rngs(dls)
-        it = iter(dls.train); [next(it) for _ in range(4)]; now = _rngs(dls); want = next(it)[0]
+        begin = rng_states(dls)
+        it = iter(dls.train); [next(it) for _ in range(4)]; now = rng_states(dls); want = next(it)[0]
         seen,get = [],type(dls.train.dataset).__getitem__
         with pytest.MonkeyPatch.context() as m:
             m.setattr(type(dls.train.dataset), '__getitem__', lambda self,i: seen.append(i) or get(self, i))
-            got = [b[0] for b in _batches_after(dls.train, dls, 4, begin, now)]
+            got = [b[0] for b in batches_after(dls.train, dls, 4, begin, now)]
         assert len(got)==1 and torch.equal(got[0], want) and len(seen)==read
 
 
+def test_nothing_stays_in_the_loader(tmp_path):
+    "An error in a resumed epoch, even if somebody keeps it, leaves a loader that begins at the beginning"
+    dying = make(tmp_path, steps=1); dying.add_cb(Die('after_pred', 3))
+    with pytest.raises(KeyboardInterrupt): fit(dying)
+    learn = make(tmp_path); learn.resume(); learn.add_cb(Die('after_pred', 1))
+    dl = learn.dls.train
+    with pytest.raises(KeyboardInterrupt) as kept: fit(learn)
+    assert kept.traceback and not {'get_idxs','first_batch'} & set(vars(dl)) and 'generator' not in vars(dl.fake_l)
+    assert len(list(dl))==5
+
+def test_queue_wherever_it_is():
+    "It is known by its class: it takes the size of the file, and what only has its name does not"
+    def net(n, q=None):
+        m = nn.ModuleDict(dict(bank=nn.ModuleDict(dict(old=FeatureQueue(9))), body=nn.Linear(2,3), queue=nn.Module()))
+        m.queue.register_buffer('feats', torch.zeros(q or 1))
+        m.bank.old.push(torch.rand(2,n,3))
+        return m
+    a,b = net(4),net(7)
+    load_model(b, a.state_dict(), 'x.ckpt')
+    assert torch.equal(a.bank.old.feats, b.bank.old.feats) and b.bank.old.feats.shape==(2,4,3)
+    with pytest.raises(ValueError, match=r'x.ckpt holds another model than this Learner: queue.feats: 1 → 2\. Build'): load_model(net(4,2), a.state_dict(), 'x.ckpt')
+
+
 # Refusals
+
+def test_what_is_no_setting(tmp_path):
+    "A callback that says so may come and go; any other may not"
+    class Free(Callback):
+        is_setting = False
+        def __init__(self, often=1): self.often = often
+    class Bound(Free): is_setting = True
+    learn = make(tmp_path, steps=1, cbs=[Free]); learn.add_cb(Die('after_pred', 3))
+    with pytest.raises(KeyboardInterrupt): fit(learn)
+    assert not any(k.startswith(('free','checkpoint','die','recorder')) for k in run_settings(learn))
+    learn = make(tmp_path, steps=None, cbs=[partial(Free, 3)]); learn.resume(); fit(learn)
+    learn = make(tmp_path, cbs=[Bound]); learn.resume()
+    with pytest.raises(ValueError, match='bound.often: None → 1'): fit(learn)
 
 def other_crops(): return callback('swav', augs('swav', size=10))
 
@@ -320,7 +398,7 @@ class Kill(Watcher):
         if event==self.event: self.count()
     def before_fit(self):
         super().before_fit()
-        write,replace = checkpoint._Summed.write,os.replace
+        write,replace = state._Summed.write,os.replace
         def _write(o, b):
             n = write(o, b)
             o.f.flush()
@@ -329,7 +407,7 @@ class Kill(Watcher):
         def _replace(a, b):
             if Path(a).suffix=='.part': self.count()
             replace(a, b)
-        if self.event=='write':  checkpoint._Summed.write = _write
+        if self.event=='write':  state._Summed.write = _write
         if self.event=='rename': os.replace = _replace
 
 def _job(r, n, folder, moment, victim, attempt):
@@ -351,22 +429,18 @@ def _job(r, n, folder, moment, victim, attempt):
     elif r==0: torch.save(outcome(learn), folder/'done.pt')
     if n>1 and tdist.is_initialized(): tdist.destroy_process_group()
 
-def start(n, folder, moment=None, victim=0, attempt=0):
-    ctx = mp.get_context('forkserver')
-    ps = [ctx.Process(target=_job, args=(r, n, str(folder), moment, victim, attempt)) for r in range(n)]
-    for p in ps: p.start()
-    return ps
+def start(n, folder, moment=None, victim=0, attempt=0): return [processes.start(_job, r, n, str(folder), moment, victim, attempt) for r in range(n)]
 
 def wait(ps, until=lambda: False, seconds=120):
     "Wait for all; when one dies, or it is time, the others are killed too, as a scheduler does"
     end = time.monotonic()+seconds
-    while any(p.is_alive() for p in ps) and not any(p.exitcode for p in ps) and not until() and time.monotonic()<end: time.sleep(.005)
-    if any(p.exitcode for p in ps) or until():
-        for p in ps: p.kill()
-    for p in ps: p.join(max(end-time.monotonic(), 1))
-    codes = [p.exitcode for p in ps]
-    for p in ps: p.kill()
-    return codes
+    while None in (codes := [p.poll() for p in ps]) and not any(codes) and not until() and time.monotonic()<end: time.sleep(.005)
+    for p in ps: p.end()
+    return [p.returncode for p in ps]
+
+def until_ready(ps, folder):
+    "Wait until the first process is about to fit"
+    while not (folder/'ready').exists(): assert not any(p.poll() for p in ps), [p.err() for p in ps]; time.sleep(.005)
 
 @pytest.fixture(scope='module')
 def uninterrupted(tmp_path_factory):
@@ -376,7 +450,7 @@ def uninterrupted(tmp_path_factory):
         if n not in res:
             folder = tmp_path_factory.mktemp(f'whole{n}')
             ps = start(n, folder)
-            while not (folder/'ready').exists(): time.sleep(.005)
+            until_ready(ps, folder)
             t = time.monotonic()
             assert wait(ps)==[0]*n
             res[n] = torch.load(folder/'done.pt', weights_only=False),time.monotonic()-t
@@ -387,7 +461,7 @@ def kill_and_go_on(n, folder, want, moment=None, victim=0, after=None):
     ps = start(n, folder, moment, victim)
     if after is None: codes = wait(ps)
     else:
-        while not (folder/'ready').exists(): time.sleep(.005)
+        until_ready(ps, folder)
         t = time.monotonic()+after
         codes = wait(ps, lambda: time.monotonic()>t)
     assert after is not None or codes[victim]==-signal.SIGKILL, codes
@@ -490,10 +564,12 @@ def exported(tmp_path, enc, name='swav', stats=([.5]*3,[.25]*3)):
 def kinds(a): return [(k,v.dtype,v.shape) for k,v in a.state_dict().items()]
 def equal(a, b): return all(torch.equal(x, y) for x,y in zip(a.state_dict().values(), b.state_dict().values()))
 
+@pytest.fixture(scope='module')
+def resnet18_file(tmp_path_factory): return exported(tmp_path_factory.mktemp('resnet18'), create_encoder('resnet18', pretrained=False))
+
 archs = [('resnet18', {}), ('xresnet18', {}), ('resnet18', dict(low_resolution=True)), ('squeezenet1_1', {}), ('test_mambaout', {}), ('vit_tiny_patch16_224', dict(pool_type='avg')), ('convnext_atto', {})]
 
-@pytest.mark.parametrize('arch,kwargs', archs)
-@pytest.mark.parametrize('name', methods.methods)
+@pytest.mark.parametrize('arch,kwargs,name', [(*o,'swav') for o in archs] + [(*archs[1],nm) for nm in methods.methods if nm!='swav'])
 def test_round_trip(tmp_path, arch, kwargs, name):
     "A new encoder, built by what the header says, is equal to the bit"
     enc   = create_encoder(arch, pretrained=False, **kwargs)
@@ -528,7 +604,7 @@ def test_wrappers(tmp_path):
         assert equal(load_encoder(f, Own()), enc)
         assert equal(load_encoder(f, enc), enc)
 
-def _ddp(r, folder):
+def _ddp(folder):
     os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='localhost', MASTER_PORT='0')
     tdist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=0, world_size=1)
     enc = nn.parallel.DistributedDataParallel(Own())
@@ -537,7 +613,9 @@ def _ddp(r, folder):
     tdist.destroy_process_group()
 
 @pytest.mark.slow
-def test_ddp(tmp_path): mp.start_processes(_ddp, (str(tmp_path),), nprocs=1, start_method='forkserver')
+def test_ddp(tmp_path):
+    r = processes.run(_ddp, str(tmp_path), timeout=120)
+    assert r.returncode==0, r.stderr
 
 @pytest.mark.parametrize('lib', [torchvision.models.resnet18, partial(timm.create_model, 'resnet18')])
 @pytest.mark.parametrize('create', ['resnet18', 'timm'])
@@ -567,9 +645,9 @@ def test_plain_file_of_safetensors(tmp_path):
     (lambda: nn.Sequential(create_encoder('resnet18', pretrained=False), nn.Linear(1024,512), nn.Linear(512,10)), 'has no counterpart in the file'),
     (lambda: nn.Sequential(create_encoder('resnet18', pretrained=False), nn.Unflatten(1, (1024,1,1)), nn.Conv2d(1024,10,1)), 'has no counterpart in the file'),
     (Own, r'0.weight \(64, 3, 7, 7\) in the file, body.0.weight \(8, 3, 3, 3\) in the model')])
-def test_another_architecture(tmp_path, into, msg):
+def test_another_architecture(resnet18_file, into, msg):
     "Nothing is loaded, and the first difference is named"
-    f,m = exported(tmp_path, create_encoder('resnet18', pretrained=False)),into()
+    f,m = resnet18_file,into()
     before = {k:v.clone() for k,v in m.state_dict().items()}
     with pytest.raises(ValueError, match=r'(?s)encoder.safetensors \(resnet18\) does not fit.*'+msg): load_encoder(f, m)
     assert same(before, dict(m.state_dict()))

@@ -1,15 +1,17 @@
 "The commands alone, with torchrun and under Slurm; what they refuse; and what is left when a process dies"
 import csv, json, math, os, re, shlex, signal, socket, subprocess, sys, time, uuid
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np, psutil, pytest, timm, torch, torchvision
 from PIL import Image
 
-from self_supervised import cli
+import processes
+from self_supervised import cli, cli_judge, cli_pretrain
 from self_supervised.all import (create_encoder, create_swav_model, encoder_info, fashion_mnist, fine_tune, knn, linear_probe, load_encoder, read_checked,
-                                 sgd_probe, tensor_dls)
-from self_supervised.checkpoint import write_atomic
+                                 sgd_probe, tensor_dls, write_atomic)
+from self_supervised.cli_command import ask_package, flags_file, parse as parse_words
+from self_supervised.cli_judge import cut_sizes, labelled_dls, open_encoder
 from self_supervised.pretrained import create_official_model
 from self_supervised.recipes import get_recipe, recipes, setting_info
 
@@ -37,23 +39,24 @@ def images(tmp_path_factory):
         for i,(x,y) in enumerate(zip(xs[:n], ys)): save(x, path/'labelled'/nm/f'class{y}'/f'{i:04}.png')
     return path
 
-def labelled_dls(bs=256):
+def labelled(bs=256):
     "The labelled images in the order of their files"
     parts = [(x[:n][o],y[:n][o]) for (x,y),n in zip(fashion_mnist(), n_labelled) for o in [y[:n].argsort(stable=True)]]
     return tensor_dls(*parts, bs=bs, drop_last=False)
 
 @pytest.fixture
 def start(project, tmp_path):
-    "Start a command, its output in files; whatever is left of it at the end of the test is killed"
-    tag = uuid.uuid4().hex
+    "Start a command, from the parent that has imported the package or, if it is none of Python's, by itself; whatever is left of it at the end of the test is killed"
+    tag,running = uuid.uuid4().hex,ExitStack()
     def _start(*cmd, **env):
-        out,err = (tmp_path/f'{uuid.uuid4().hex}.{o}' for o in ('out','err'))
         env = {**os.environ, 'PATH':f'{Path(sys.executable).parent}:{os.environ["PATH"]}', 'OMP_NUM_THREADS':'1', 'CLI_TEST':tag, **env}
+        if cmd[0]!='bash': return running.enter_context(processes.start(*cmd, cwd=project, env=env))
+        out,err = (tmp_path/f'{uuid.uuid4().hex}.{o}' for o in ('out','err'))
         with out.open('w') as o, err.open('w') as e: p = subprocess.Popen([str(c) for c in cmd], cwd=project, env=env, stdout=o, stderr=e, start_new_session=True)
         p.out,p.err = out.read_text,err.read_text
         return p
-    yield _start
-    for p in psutil.process_iter():
+    with running: yield _start
+    for p in psutil.process_iter(): # what torchrun started has a session of its own
         with suppress(psutil.Error): # ended meanwhile, or somebody else's
             if p.environ().get('CLI_TEST')==tag: p.kill()
 
@@ -62,6 +65,11 @@ def free_port(ports=(0,)): # 0: the system picks one
         with suppress(OSError), socket.socket() as s:
             s.bind(('localhost', port))
             return s.getsockname()[1]
+
+def two_ranks(start, cmd, outs):
+    "What torchrun starts, without the ten seconds that a new interpreter needs for its imports"
+    env = dict(WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT=str(free_port()))
+    return [start(*cmd, '--out', o, RANK=str(r), LOCAL_RANK=str(r), **env) for r,o in enumerate(outs)]
 
 def torchrun(n): return 'torchrun', '--nproc-per-node', n, '--master-port', free_port(), '--no-python'
 
@@ -112,10 +120,9 @@ def check_saved(out, done):
 # untrained encoder 66.4 ± 1.5 (6 seeds). Losses at the end differ by up to 0.07; without the negatives of the other process SimCLR's would be
 # lower by 0.6.
 @pytest.mark.slow
-@pytest.mark.parametrize('method', ['swav', 'simclr'])
-def test_two_processes_learn_what_one_does(method, images, tmp_path, start):
-    args = 'ssl_pretrain', images/'all', *kinds[method], '--epochs', 5, '--out'
-    runs = [start(*args, tmp_path/'1'), start(*torchrun(2), *args, tmp_path/'2')]
+def test_two_processes_learn_what_one_does(images, tmp_path, start):
+    args = 'ssl_pretrain', images/'all', *kinds['simclr'], '--epochs', 5
+    runs = [start(*args, '--out', tmp_path/'1'), two_ranks(start, args, [tmp_path/'2']*2)[0]]
     losses = [check_run(p, tmp_path/f'{i}', epochs=5)[-1] for i,p in enumerate(runs, 1)]
     *untrained,one,two = accuracy([*(tiny_encoder() for _ in range(3)), *(load_encoder(tmp_path/f'{i}'/'encoder.safetensors') for i in (1,2))])
     assert min(one, two) > np.mean(untrained)+.03
@@ -149,15 +156,15 @@ def test_from_images_to_answers(images, tmp_path, start):
     said = [done(p) for p in asked]
     said.insert(2, str(cli.ssl_linear(str(out/'encoder.safetensors'), data, logistic=True)))
     encoder = load_encoder(out/'encoder.safetensors')
-    want = [knn(encoder, labelled_dls(), k=10), sgd_probe(encoder, labelled_dls(64), epochs=3, bs=64), linear_probe(encoder, labelled_dls()),
-            fine_tune(encoder, labelled_dls(), .1, epochs=3)]
+    want = [knn(encoder, labelled(), k=10), sgd_probe(encoder, labelled(64), epochs=3, bs=64), linear_probe(encoder, labelled()),
+            fine_tune(encoder, labelled(), .1, epochs=3)]
     lines = [json.loads(o) for o in (out/'results.jsonl').read_text().splitlines()][1:] # the first is of the checkpoint
     found = {o['protocol']:o for o in lines}
     for r,txt in zip(want, said):
         assert txt.startswith(r.protocol+': ')
         assert found[r.protocol]['accuracy']==pytest.approx(r.accuracy, abs=.011), r # of 200 images, two
         assert f"{100*found[r.protocol]['accuracy']:.1f} %" in txt
-    assert float(history(out)[-1]['knn'])==pytest.approx(float(knn(encoder, labelled_dls())), abs=.011)
+    assert float(history(out)[-1]['knn'])==pytest.approx(float(knn(encoder, labelled())), abs=.011)
     assert encoder_info(tmp_path/'e.safetensors')==encoder_info(out/'encoder.safetensors')
     for a,b in zip(encoder.state_dict().values(), load_encoder(tmp_path/'e.safetensors').state_dict().values()): assert torch.equal(a, b)
 
@@ -183,17 +190,11 @@ def test_export_for_others(tmp_path):
     state = export('official', 'resnet50')
     assert state['module.prototypes.weight'].equal(b.prototypes.weight) and {'module.projection_head.0.weight', 'module.conv1.weight'} <= set(state)
     torch.testing.assert_close(create_official_model(tmp_path/'out.pth').eval()([x])[0], b([x])[0], atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match='hold ResNet-50s, not a resnet18'): export('official')
-
-def test_released_weights(images, tmp_path, monkeypatch):
-    "A file of the official layout is an encoder to ask about, in the normalisation of ImageNet"
-    model = make_run(tmp_path/'run', arch='resnet50')
-    file  = cli.ssl_export(str(tmp_path/'run'), tmp_path/'some.pth.tar', 'official')
-    encoder,size,stats = cli._open(str(file), None, None)
-    x = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(encoder.eval().cpu()(x), model.encoder(x), atol=1e-5, rtol=1e-5)
+    encoder,size,stats = open_encoder(str(tmp_path/'out.pth')) # such a file is an encoder to ask about, in the normalisation of ImageNet
+    torch.testing.assert_close(encoder.eval().cpu()(x), b.encoder(x), atol=1e-5, rtol=1e-5)
     assert size==224 and np.allclose(stats, ([.485,.456,.406], [.229,.224,.225]))
-    with pytest.raises(ValueError, match='left over'): cli._open(str(file), 'resnet18', None)
+    with pytest.raises(ValueError, match='left over'): open_encoder(str(tmp_path/'out.pth'), 'resnet18')
+    with pytest.raises(ValueError, match='hold ResNet-50s, not a resnet18'): export('official')
 
 @pytest.mark.slow
 def test_signals_to_all(images, tmp_path, start):
@@ -228,23 +229,13 @@ def test_slurm(images, tmp_path, start):
 @pytest.mark.slow
 @pytest.mark.parametrize('how,seconds,message', [(signal.SIGKILL, 600, 'closed|reset'), (signal.SIGSTOP, 10, 'Timed out|timed out|[Tt]imeout')])
 def test_a_rank_dies_or_hangs(how, seconds, message, images, tmp_path, start):
-    env = dict(WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT=str(free_port()))
-    ranks = [start('ssl_pretrain', images/'all'/'few', *tiny, '--epochs', 1000, '--minutes', 1e-4, '--timeout', seconds, '--out', tmp_path/f'{r}',
-                   RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(2)]
+    ranks = two_ranks(start, ('ssl_pretrain', images/'all'/'few', *tiny, '--epochs', 1000, '--minutes', 1e-4, '--timeout', seconds), [tmp_path/'0',tmp_path/'1'])
     wait_until(lambda: len(rows(ranks[0].out()))>1, ranks[0])
     ranks[1].send_signal(how)
     assert ranks[0].wait(60)!=0 # seconds; without --timeout a rank waits for 30 minutes. After the error gloo's threads may abort it (-6)
     assert re.search(f'Error: .*({message})', ranks[0].err()), ranks[0].err()
     check_saved(tmp_path/'0', rows(ranks[0].out()))
     assert not (tmp_path/'1').exists() and not ranks[1].out()
-
-@pytest.mark.slow
-def test_torchrun_ends_when_a_rank_dies(images, tmp_path, start):
-    p = start(*torchrun(2), 'ssl_pretrain', images/'all'/'few', *tiny, '--epochs', 1000, '--minutes', 1e-4, '--out', tmp_path/'out')
-    wait_until(lambda: len(rows(p.out()))>1, p)
-    next(o for o in psutil.Process(p.pid).children(recursive=True) if o.environ().get('RANK')=='1').kill()
-    assert p.wait(60)>0
-    check_saved(tmp_path/'out', rows(p.out()))
 
 @pytest.mark.slow
 def test_killed_while_saving(images, tmp_path, start):
@@ -266,7 +257,7 @@ torch.save = dying
 ssl_pretrain()
 ''')
     args = images/'all'/'few', *tiny, '--epochs', 4, '--minutes', 1e-4, '--out'
-    whole,p = start('ssl_pretrain', *args, tmp_path/'whole'),start(sys.executable, tmp_path/'run.py', *args, tmp_path/'out')
+    whole,p = start('ssl_pretrain', *args, tmp_path/'whole'),start(tmp_path/'run.py', *args, tmp_path/'out')
     assert p.wait(120)==-signal.SIGKILL, p.err()
     first = rows(p.out())
     check_saved(tmp_path/'out', first)
@@ -298,17 +289,51 @@ def test_loggers(images, tmp_path, start):
 def test_pictures_leave_no_trace(tmp_path):
     learn = get_recipe('swav_small', arch='test_mambaout').learner(tensor_dls(fashion_mnist()[0][0][:20], bs=10), path=tmp_path)
     before = torch.random.get_rng_state(),learn.dls.train.rng.getstate()
-    cli._save_views(learn)
+    cli_pretrain._save_views(learn)
     assert torch.equal(before[0], torch.random.get_rng_state()) and before[1]==learn.dls.train.rng.getstate()
     assert Image.open(tmp_path/'views.png').size[0]>300
 
-# Wrong use: PyTorch cannot even be imported here, so whatever is said is said before it would be.
-def refused(*words, env=(), cwd=None):
-    "What a command says without PyTorch"
-    code = 'import sys; sys.modules["torch"] = None; from self_supervised import cli; sys.argv = sys.argv[1:]; getattr(cli, sys.argv[0])()'
-    r = subprocess.run([sys.executable, '-c', code, *map(str, words)], capture_output=True, text=True, env={**os.environ, **dict(env)}, cwd=cwd)
-    assert r.returncode and not r.stdout and 'Traceback' not in r.stderr, r.stdout+r.stderr
-    return r.stderr
+# Wrong use. Neither PyTorch nor what needs it can be imported here, so whatever is said is said before it would be.
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    "What a command says"
+    for k in list(sys.modules):
+        if k.startswith('self_supervised.') and not k.startswith('self_supervised.cli'): monkeypatch.delitem(sys.modules, k)
+    for k in ('torch','fastai','timm'): monkeypatch.setitem(sys.modules, k, None)
+    def _refused(*words, cwd='.', **env):
+        with monkeypatch.context() as m:
+            m.chdir(cwd)
+            m.setattr(sys, 'argv', [str(o) for o in words])
+            for k,v in env.items(): m.setenv(k, v)
+            with pytest.raises(SystemExit) as e: getattr(cli, words[0])()
+        said = capsys.readouterr()
+        assert e.value.code and not said.out
+        return said.err+(e.value.code if isinstance(e.value.code, str) else '')
+    return _refused
+
+def test_answers_need_no_torch(images, tmp_path):
+    "The same in a process of its own: help of all commands, and two mistakes"
+    code = """
+import sys, json
+for o in ('torch', 'fastai', 'timm'): sys.modules[o] = None
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from self_supervised import cli
+said = []
+for words in json.load(sys.stdin):
+    sys.argv = words
+    with redirect_stdout(StringIO()) as o, redirect_stderr(StringIO()) as e:
+        try: getattr(cli, words[0])()
+        except SystemExit as x: code = x.code
+    said.append((o.getvalue(), e.getvalue(), code))
+print(json.dumps(said))
+"""
+    asked = [[o, '--help'] for o in cli.__all__]+[['ssl_pretrain', f'{images}/all', '--recipe', 'swav_smal'], ['ssl_linear', 'x', '--lrr', '1']]
+    r = subprocess.run([sys.executable, '-c', code], input=json.dumps(asked), capture_output=True, text=True, cwd=tmp_path)
+    assert not r.returncode, r.stderr
+    *helps,recipe,flag = json.loads(r.stdout)
+    assert all(o.startswith('usage: ') and not e and code==0 for o,e,code in helps)
+    assert recipe==['', '', 'ssl_pretrain: --recipe swav_smal is unknown: did you mean swav_small, sela_small?'] and '--lrr is unknown: did you mean --lr?' in flag[1] and flag[2]==2
 
 @pytest.mark.parametrize('words,says', [
     ('IMG --recipe swav_smal',                       r'swav_smal is unknown: did you mean swav_small'),
@@ -326,7 +351,7 @@ def refused(*words, env=(), cwd=None):
     ('IMG --recipe swav_small --out IMG/0300.png',   r'is a file: give a folder'),
     ('IMG --recipe swav_small --out EMPTY --resume', r'no run in .* to go on with'),
 ])
-def test_wrong_pretraining(words, says, images, tmp_path):
+def test_wrong_pretraining(words, says, images, tmp_path, refused):
     (tmp_path/'empty').mkdir()
     words = words.replace('IMGS', f'{images}/al').replace('IMG', f'{images}/all').replace('EMPTY', f'{tmp_path}/empty').replace('FEW', f'{images}/all/few')
     assert re.search(says, refused('ssl_pretrain', *words.split()))
@@ -349,33 +374,42 @@ def test_wrong_pretraining(words, says, images, tmp_path):
     ('ssl_export swav_800ep --out x',                r'is no run of yours'),
     ('ssl_knn swav_80ep DATA',                       r'did you mean swav_800ep'),
 ])
-def test_wrong_questions(words, says, images, tmp_path):
+def test_wrong_questions(words, says, images, tmp_path, refused):
     (tmp_path/'run').mkdir()
     (tmp_path/'run'/'encoder.safetensors').touch()
     for k,v in dict(RUN=tmp_path/'run', RUM=tmp_path/'rum', DATA=images/'labelled', FEW=images/'all'/'few').items(): words = words.replace(k, str(v))
     assert re.search(says, refused(*words.split(), cwd=tmp_path))
     assert {o.name for o in tmp_path.iterdir()}=={'run'}
 
-def test_questions_on_one_process(images, tmp_path): assert 'start it without torchrun' in refused('ssl_knn', 'random:resnet18', images/'labelled', env=dict(WORLD_SIZE='2'))
+def test_questions_on_one_process(images, tmp_path, refused): assert 'start it without torchrun' in refused('ssl_knn', 'random:resnet18', images/'labelled', cwd=tmp_path, WORLD_SIZE='2')
 
 def test_missing_loggers(images, monkeypatch):
-    monkeypatch.setattr(cli, 'find_spec', lambda nm: None)
+    monkeypatch.setattr(cli_pretrain, 'find_spec', lambda nm: None)
     for kw in (dict(tensorboard=True), dict(wandb='x')):
         with pytest.raises(ValueError, match=r"not installed: pip install 'self_supervised\[log\]'"): cli.ssl_pretrain(images/'all', 'swav_small', **kw)
 
-def test_other_settings(images, tmp_path):
-    "A run is not gone on with under other settings: those that are given are compared at once, those of the recipe before anything is built"
-    r = get_recipe('swav_small', bs=64)
+def run_folder(out):
+    "The folder of a run, as far as its settings; they"
+    r   = get_recipe('swav_small', bs=64)
     run = dict(n_in=1, load_size=None, checkpointing=False, seed=42, labelled=False, processes=1)
-    (tmp_path/'settings.json').write_text(json.dumps(dict(recipe='swav_small', run=run, settings=r.settings)))
-    cli._check_same(tmp_path, dict(recipe='simclr_small')) # nothing was saved yet
-    (tmp_path/'checkpoints').mkdir()
-    (tmp_path/'checkpoints'/'fit01-step000000001.ckpt').touch()
-    said = refused('ssl_pretrain', images/'all', '--recipe', 'swav_small', '--n-in', 1, '--bs', 32, '--crop-sizes', 32, 16, '--out', tmp_path)
-    assert 'bs: 64 → 32; crop_sizes: [28, 14] → [32, 16]' in said and 'another --out' in said
+    (out/'settings.json').write_text(json.dumps(dict(recipe='swav_small', run=run, settings=r.settings)))
+    cli_pretrain._check_same(out, dict(recipe='simclr_small')) # nothing was saved yet
+    (out/'checkpoints').mkdir()
+    (out/'checkpoints'/'fit01-step000000001.ckpt').touch()
+    return dict(recipe='swav_small', **run, **r.settings)
+
+def test_other_settings(images, tmp_path):
+    "A run is not gone on with under other settings: those of the recipe are compared before anything is built"
+    same = run_folder(tmp_path)
     with pytest.raises(ValueError, match=r'bs: 64 → 128'): cli.ssl_pretrain(images/'all', 'swav_small', tmp_path, n_in=1)
-    with pytest.raises(ValueError, match=r'temp2: not set → 1'): cli._check_same(tmp_path, dict(temp2=1))
-    cli._check_same(tmp_path, dict(recipe='swav_small', **run, **r.settings))
+    with pytest.raises(ValueError, match=r'temp2: not set → 1'): cli_pretrain._check_same(tmp_path, dict(temp2=1))
+    cli_pretrain._check_same(tmp_path, same | dict(temp2=None)) # a setting that was not there then, and is not given
+
+def test_other_settings_that_are_given(images, tmp_path, request):
+    "are compared before anything is imported"
+    run_folder(tmp_path)
+    said = request.getfixturevalue('refused')('ssl_pretrain', images/'all', '--recipe', 'swav_small', '--n-in', 1, '--bs', 32, '--crop-sizes', 32, 16, '--out', tmp_path)
+    assert 'bs: 64 → 32; crop_sizes: [28, 14] → [32, 16]' in said and 'another --out' in said
 
 def test_wrong_after_all(images, tmp_path, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '3')
@@ -389,19 +423,19 @@ def test_labelled_data(images, tmp_path):
     for i,c in enumerate('aab'*5):
         (tmp_path/c).mkdir(exist_ok=True)
         Image.fromarray(np.full((10,20), 10*(c=='b')+i, dtype=np.uint8)).save(tmp_path/c/f'{i}.png')
-    dls = cli._labelled_dls(tmp_path, (8,8), (8,8), n_in=1, valid_pct=.4)
+    dls = labelled_dls(tmp_path, (8,8), (8,8), n_in=1, valid_pct=.4)
     assert [len(o.dataset) for o in dls]==[9,6] and dls.vocab==['a','b']
     shown = [o for dl in dls for x,y in dl for o in zip(x[:,0,0,0].tolist(), y.tolist())]
     assert len(shown)==15 and set(shown)=={(10*(c=='b')+i, int(c=='b')) for i,c in enumerate('aab'*5)}
-    assert [next(iter(o))[0].shape[-1] for o in cli._labelled_dls(tmp_path, (8,8), (10,10), n_in=1, views=True)]==[10,8] # crops are cut from more
-    with pytest.raises(ValueError, match='valid_pct=0.*leaves none'): cli._labelled_dls(tmp_path, (8,8), (8,8), n_in=1, valid_pct=0)
+    assert [next(iter(o))[0].shape[-1] for o in labelled_dls(tmp_path, (8,8), (10,10), n_in=1, views=True)]==[10,8] # crops are cut from more
+    with pytest.raises(ValueError, match='valid_pct=0.*leaves none'): labelled_dls(tmp_path, (8,8), (8,8), n_in=1, valid_pct=0)
     (tmp_path/'val'/'c').mkdir(parents=True)
     Image.new('L', (8,8)).save(tmp_path/'val'/'c'/'1.png')
     (tmp_path/'train').mkdir()
     for c in 'ab': (tmp_path/c).rename(tmp_path/'train'/c)
-    with pytest.raises(ValueError, match='val has classes without training images: c'): cli._labelled_dls(tmp_path, (8,8), (8,8), n_in=1)
+    with pytest.raises(ValueError, match='val has classes without training images: c'): labelled_dls(tmp_path, (8,8), (8,8), n_in=1)
     for f in (tmp_path/'train'/'b').iterdir(): f.unlink()
-    with pytest.raises(ValueError, match='images of one class only, a'): cli._labelled_dls(tmp_path, (8,8), (8,8), n_in=1)
+    with pytest.raises(ValueError, match='images of one class only, a'): labelled_dls(tmp_path, (8,8), (8,8), n_in=1)
 
 def test_centre():
     "The shorter side to 256, the centre of 224: as torchvision does it"
@@ -412,18 +446,18 @@ def test_centre():
     import tempfile
     with tempfile.TemporaryDirectory() as d:
         im.save(f'{d}/x.png')
-        size,resize = cli._sizes(224)
-        got = cli._open_centre(f'{d}/x.png', resize, size, 3).float()
+        size,resize = cut_sizes(224)
+        got = cli_judge._open_centre(f'{d}/x.png', resize, size, 3).float()
     assert got.shape==want.shape and (got-want).abs().mean()<1.
 
 def test_flags_are_those_of_the_recipes():
     "cli.json, from which the commands know them without PyTorch: run its notebook if this fails"
-    assert json.loads(cli._file.read_text())==json.loads(json.dumps(cli._ask()))
-    assert set(cli._ask()['settings'])==set(setting_info()) and set(cli._ask()['recipes'])==set(recipes())
+    assert json.loads(flags_file.read_text())==json.loads(json.dumps(ask_package()))
+    assert set(ask_package()['settings'])==set(setting_info()) and set(ask_package()['recipes'])==set(recipes())
 
 def parse(words):
     nm,*rest = shlex.split(words)
-    return nm,cli._parse(getattr(cli, nm).__wrapped__, rest)
+    return nm,parse_words(getattr(cli, nm).__wrapped__, rest)
 
 def test_every_setting_has_a_flag_that_gives_it():
     "All settings of all recipes, written as flags, make the same recipe"
@@ -440,23 +474,22 @@ def test_every_setting_has_a_flag_that_gives_it():
     assert parse('ssl_pretrain a --recipe b --stats none --size 28')[1] | dict(stats=None, size=28)==parse('ssl_pretrain a --recipe b --stats none --size 28')[1]
     assert 'stats' not in parse('ssl_pretrain a --recipe b')[1]
 
-def test_commands_in_the_texts(project):
+def test_commands_in_the_texts(project, capsys):
     "The batch file is valid bash, and the commands know the options that texts show"
     batch = project/'examples'/'pretrain.sbatch'
     assert subprocess.run(['bash', '-n', batch], capture_output=True).stderr==b''
-    cells = json.loads((project/'nbs'/'73_cli.ipynb').read_text())['cells']
+    cells = [c for o in sorted((project/'nbs').glob('7?_cli*.ipynb')) for c in json.loads(o.read_text())['cells']]
     text  = '\n'.join(''.join(c['source']) for c in cells if c['cell_type']=='markdown')
     shown = re.findall(r'^ +(?:torchrun .*--no-python )?(ssl_\w+ .*)$', text, re.M) + ['ssl_pretrain '+o for o in re.findall(r'examples/pretrain\.sbatch (photos .*)', batch.read_text())]
     assert len(shown)>=5
     for nm,args in map(parse, shown): assert nm!='ssl_pretrain' or args['recipe'] in recipes()
-    flags = {o for nm in ('ssl_pretrain','ssl_linear','ssl_semisup') for o in help_flags(nm)}
+    flags = {o for nm in ('ssl_pretrain','ssl_linear','ssl_semisup') for o in help_flags(nm, capsys)}
     table = [o for row in re.findall(r'^\| `--[^|]*\|([^|]*)\|', text, re.M) for o in re.findall(r'`(--[\w-]+)', row)]
     assert len(table)>30 and set(table)<=flags, set(table)-flags
 
-def help_flags(nm):
-    r = subprocess.run([sys.executable, '-c', f'import sys; sys.modules["torch"] = None; sys.argv = ["{nm}", "--help"]; from self_supervised import cli; cli.{nm}()'], capture_output=True, text=True)
-    assert r.returncode==0, r.stderr
-    return re.findall(r'(?<!\w)(--[\w-]+)', r.stdout)
+def help_flags(nm, capsys):
+    with pytest.raises(SystemExit): parse_words(getattr(cli, nm), ['--help'])
+    return re.findall(r'(?<!\w)(--[\w.-]+)', capsys.readouterr().out)
 
 def test_suggest(images, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['ssl_pretrain', 'photos', '--recipe', 'swav_200ep', '--suggest'])

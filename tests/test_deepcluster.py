@@ -17,18 +17,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import methods, reference
-from self_supervised.core import SSLCallback
+from self_supervised import kmeans
 from self_supervised.checkpoint import read_checked
+from self_supervised.core import SSLCallback
 from self_supervised.data import no_loss, tensor_dls
 from self_supervised.diagnostics import CollapseMonitor
 from self_supervised.dist import rank
 from self_supervised.evaluation import OnlineKNN
+from self_supervised.kmeans import spherical_kmeans
+from self_supervised.replay import can_skip
 from self_supervised.vision import deepcluster
-from self_supervised.vision.deepcluster import DeepCluster, create_deepcluster_model, deepcluster_loss, spherical_kmeans
+from self_supervised.vision.deepcluster import DeepCluster, create_deepcluster_model, deepcluster_loss
 from self_supervised.vision.sela import SeLa, create_sela_model
+from self_supervised.watcher import Watcher
 
-from test_checkpoint import Die, fit, make, outcome, same
-from test_dist import on_ranks
+from processes import on_ranks
+from test_checkpoint import Die, Shake, fit, items, make, outcome, same
 from test_online import labelled
 from test_swav import images, mixed, quiet, views_2, views_2_6
 
@@ -134,17 +138,17 @@ def stepwise(cb, model, assign, temp=.2, every=1, drop_last=False, cbs=(), **kwa
     learn.remove_cb(Recorder) # it cannot average float64 losses
     return learn
 
-setups = pytest.mark.parametrize('augs,ids,heads,drop', [(views_2,[0,1],3,False), (views_2_6,[4,1],2,True), (mixed,[2],2,False), (mixed,[3,0,1],4,True)],
+setups = pytest.mark.parametrize('augs,ids,heads,drop,every', [(views_2,[0,1],3,False,2), (views_2_6,[4,1],2,True,1), (mixed,[2],2,False,1), (mixed,[3,0,1],4,True,2)],
                                  ids='2 2+6-other mixed-one mixed-three'.split())
 
 @setups
-@pytest.mark.parametrize('every,faiss', [(1,False), (2,True)])
+@pytest.mark.parametrize('faiss', [False, True])
 def test_fit_equals_definition(monkeypatch, augs, ids, heads, drop, every, faiss):
     "Memory, starts, centroids, labels, loss and gradients of three epochs; prototypes are the centroids, whatever the optimizer does"
     drawn,randperm = [],torch.randperm
     monkeypatch.setattr(torch, 'randperm', lambda *args, **kwargs: drawn.append(randperm(*args, **kwargs)) or drawn[-1])
-    search,searched = deepcluster._nearest_faiss,[]
-    monkeypatch.setattr(deepcluster, '_nearest_faiss', lambda *args: searched.append(1) or search(*args))
+    search,searched = kmeans._nearest_faiss,[]
+    monkeypatch.setattr(kmeans, '_nearest_faiss', lambda *args: searched.append(1) or search(*args))
     def assign(cb, h, z, head):
         rows = drawn.pop(0)[:len(head)]
         centroids,labels = reference.spherical_kmeans(z.tolist(), z[rows].tolist(), 6)
@@ -161,9 +165,8 @@ def test_fit_equals_definition(monkeypatch, augs, ids, heads, drop, every, faiss
     assert len(searched)==(7*heads*len(learn.check_step.assigned) if faiss else 0) # six rounds, and the labels
     assert learn.deep_cluster.labels.shape==(heads,22) and learn.deep_cluster.memory.shape==(len(ids),22,5)
 
-@both
-def test_codes_are_labels(name):
-    learn = methods.learner(name)
+def test_codes_are_labels():
+    learn = methods.learner('deepcluster')
     cb = method(learn)
     seen = []
     class Look(Callback):
@@ -186,10 +189,9 @@ def state(learn):
 
 def snapshot(learn): return {k:None if v is None else v.clone() for k,v in state(learn).items()}
 
-@both
-def test_lr_find_leaves_no_trace(tmp_path, name):
+def test_lr_find_leaves_no_trace(tmp_path):
     "Before the first fit and after it"
-    learn = methods.learner(name, path=tmp_path)
+    learn = methods.learner('deepcluster', path=tmp_path)
     for _ in range(2):
         before = snapshot(learn)
         with learn.no_bar(): learn.lr_find(num_it=12, show_plot=False, suggest_funcs=())
@@ -217,12 +219,12 @@ def test_second_fit(monkeypatch):
     quiet(learn, 1)
     assert len(calls)==5
 
-@both
-def test_step_on_a_gpu_reads_nothing_back(name):
+def test_step_on_a_gpu_reads_nothing_back():
     "On a GPU that is not there, every number that the CPU asks for is an error"
-    cb,m = methods.callback(name),methods.model(name)
+    cb,m = methods.callback('deepcluster'),methods.model('deepcluster')
     with FakeTensorMode(allow_non_fake_inputs=True):
-        cb.learn = SimpleNamespace(model=m, training=True, dl=SimpleNamespace(_given=(0, list(range(8))), bs=8))
+        cb.learn = SimpleNamespace(model=m, training=True, iter=0, dl=None)
+        cb._ids = [torch.arange(8)]
         cb.memory,cb.labels = torch.zeros(2,40,8, device='cuda'),torch.zeros(3,40, device='cuda', dtype=torch.long)
         z,scores = (torch.randn(len(cb.aug_pipelines)*8, *o, device='cuda') for o in ((8,), (3,10)))
         assert cb.lf((z,scores)).is_cuda
@@ -230,36 +232,54 @@ def test_step_on_a_gpu_reads_nothing_back(name):
 
 # Exact resume
 
-def run(folder, name, steps, epochs, seed=42, nth=None):
-    learn = make(folder, name, seed=seed, steps=steps)
+def run(folder, name, steps, epochs, seed=42, nth=None, **kwargs):
+    learn = make(folder, name, seed=seed, steps=steps, **kwargs)
     learn.checkpoint.epochs = epochs
     if nth: learn.add_cb(Die('after_backward', nth))
     return learn
 
-@both
-@pytest.mark.parametrize('steps,epochs,nth', [(3,None,8), (5,None,7), (None,1,8)], ids=['mid-epoch','last-batch','epoch'])
-def test_resume(tmp_path, name, steps, epochs, nth):
-    "Three epochs of five batches; what was saved in a step or between epochs is the whole state"
-    fit(whole := run(tmp_path/'whole', name, steps, epochs))
-    with pytest.raises(KeyboardInterrupt): fit(run(tmp_path/'dying', name, steps, epochs, nth=nth))
-    learn = run(tmp_path/'dying', name, steps, epochs, seed=7)
-    learn.resume(); fit(learn)
+def check_resume(tmp_path, name, steps, epochs, nth, n=3, **kwargs):
+    fit(whole := run(tmp_path/'whole', name, steps, epochs, **kwargs), n)
+    with pytest.raises(KeyboardInterrupt): fit(run(tmp_path/'dying', name, steps, epochs, nth=nth, **kwargs), n)
+    learn = run(tmp_path/'dying', name, steps, epochs, seed=7, **kwargs)
+    class Look(Watcher):
+        order = method(learn).order-1 # once the views are made, the images are in their place no more
+        def before_batch(self): self.images = self.xb[0]
+        def after_loss(self):
+            if self.training: seen.append((self.images, method(self.learn)._ids[self.iter]))
+    seen = []
+    learn.add_cb(Look())
+    learn.resume(); fit(learn, n)
     assert same(outcome(whole), outcome(learn)) and same(state(whole), state(learn))
+    return learn,seen
 
-def two(folder, name):
-    learn = make(folder/'run', name, steps=2)
+@pytest.mark.parametrize('steps,epochs,nth', [(3,None,8), (5,None,7), (None,1,8)], ids=['mid-epoch','last-batch','epoch'])
+def test_resume(tmp_path, steps, epochs, nth):
+    "Three epochs of five batches; what was saved in a step or between epochs is the whole state; and the numbers of the images are those of the dataset"
+    learn,seen = check_resume(tmp_path, 'deepcluster', steps, epochs, nth)
+    assert len(seen)==15-(steps*((nth-1)//steps) if steps else 5)
+    for x,ids in seen: assert torch.equal(x, methods.images()[ids])
+
+@pytest.mark.parametrize('dls,skip', [((2,),True), ((0,Shake),True), ((2,Shake),False)], ids=['workers','random','random-workers'])
+def test_resume_of_other_loaders(tmp_path, dls, skip):
+    "In the middle of an epoch, with a loader that leaves out what was seen and one that reads it again"
+    learn,seen = check_resume(tmp_path, 'deepcluster', 3, None, 8, 2, dls=lambda: items(*dls), loss_func=no_loss)
+    assert can_skip(learn.dls.train)==skip and len(seen)==4
+    for x,ids in seen: # what shakes them adds up to ten, and cuts at 255
+        d = x.float()-methods.images()[ids].float()
+        assert ids.dtype==torch.int64 and d.min()>=0 and d.max()<=(10 if len(dls)>1 else 0)
+
+def two(folder):
+    learn = make(folder/'run', 'deepcluster', steps=2)
     learn.add_cb(Die('after_backward', 4)) # of 3 steps an epoch
     with learn.distrib_ctx():
         with pytest.raises(KeyboardInterrupt): fit(learn)
     return rank()
-def two_deepcluster(folder): return two(folder, 'deepcluster')
-def two_sela(folder):        return two(folder, 'sela')
 
-@both
-def test_resume_on_another_number_of_processes(tmp_path, name):
+def test_resume_on_another_number_of_processes(tmp_path):
     "Saved in the first epoch by two, read by one: it goes on with the memory, labels and prototypes of all images"
-    on_ranks(dict(deepcluster=two_deepcluster, sela=two_sela)[name], tmp_path, 2)
-    learn = make(tmp_path/'run', name, seed=7, steps=None)
+    on_ranks(two, tmp_path, 2)
+    learn = make(tmp_path/'run', 'deepcluster', seed=7, steps=None)
     saved = read_checked(learn.checkpoint.files[-1])
     (nm,cb), = [(k,o) for k,o in saved['cbs'].items() if 'memory' in o]
     assert (saved['epoch'], saved['batch'])==(0, 2) and cb['memory'].shape==(2,40,8) and cb['labels'].shape==(3,40) and '_kept' not in cb
@@ -291,10 +311,9 @@ def test_recovers_known_clusters(name):
     quiet(learn, 30)
     for o in method(learn).labels: assert normalized_mutual_info_score(y, o) > .85
 
-@both
-def test_monitor_and_knn(name):
+def test_monitor_and_knn():
     "Columns of both, and quantities that are numbers"
-    learn = methods.learner(name, cbs=[(m := CollapseMonitor(every=2, warmup=1000)), OnlineKNN(labelled(), k=3)])
+    learn = methods.learner('deepcluster', cbs=[(m := CollapseMonitor(every=2, warmup=1000)), OnlineKNN(labelled(), k=3)])
     quiet(learn, 2)
     assert {'loss-chance','protos','std','rank','knn'} <= set(learn.recorder.metric_names)
     assert all(math.isfinite(v) for k in ('loss-chance','protos','std','rank','mean_entropy','code_entropy') for v in m.history[k])
@@ -324,7 +343,7 @@ def test_constant_encoder_warns(name):
 # What it says
 
 @pytest.mark.parametrize('kwargs,msg', [
-    (dict(aug_pipelines=views_2[:1]), 'aug_pipelines has only one view: give two or more'), (dict(crop_assgn_ids=[0,2]), r'crop_assgn_ids=\[0, 2\].*0 to 1'),
+    (dict(aug_pipelines=views_2[:1]), 'DeepCluster compares 2 views of an image or more, and aug_pipelines has only one: give more pipelines'), (dict(crop_assgn_ids=[0,2]), r'crop_assgn_ids=\[0, 2\].*0 to 1'),
     (dict(temp=0), 'temp=0 must be positive: 0.1 is usual'), (dict(n_kmeans_iter=0), 'n_kmeans_iter=0 and assign_every=1 must be 1 or more: 10 and 1 are usual'),
     (dict(assign_every=0), 'n_kmeans_iter=10 and assign_every=0 must be 1 or more')])
 def test_wrong_arguments(kwargs, msg):
@@ -341,8 +360,8 @@ class Stop(Callback):
     def before_train(self): raise Stopped
 
 @pytest.mark.parametrize('model,msg', [
-    (lambda: nn.Linear(1,1), r'the model \(Linear\) has no `heads` of fixed prototypes: make it with create_deepcluster_model\(encoder\)'),
-    (lambda: bn_free(create_sela_model), r'the model \(DeepClusterModel\) has no `heads` of fixed prototypes'),
+    (lambda: nn.Linear(1,1), r'the model is a Linear, and DeepCluster trains a DeepClusterModel: make it with create_deepcluster_model\(encoder\)'),
+    (lambda: bn_free(create_sela_model), 'the model is a SeLaModel, and DeepCluster trains a DeepClusterModel'),
     (lambda: bn_free(n_protos=23), '23 clusters of 22 images: create the model with n_protos=2 or fewer')])
 def test_wrong_models(model, msg):
     with pytest.raises(ValueError, match=msg): quiet(Learner(tensor_dls(images(), bs=6), model(), cbs=[DeepCluster(views_2), Stop()]), 1)

@@ -1,23 +1,25 @@
 "The monitor's numbers against slow and closed forms, its warnings on runs made to collapse, and runs that are the same to the bit with and without it"
 import io, itertools, math, pickle, random, warnings
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
 from fastai.callback.schedule import LRFinder # noqa: F401 (patches lr_find into Learner)
+from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Recorder, load_learner
 from fastai.torch_core import set_seed
 from fastai.vision.all import ConvLayer, NormType
 from torch import nn
 from torch.nn import functional as F
 
-from self_supervised.core import SSLCallback
+from self_supervised.core import SSLCallback, ssl_callback
 from self_supervised.data import fashion_mnist, tensor_dls
 from self_supervised.diagnostics import CollapseMonitor, code_stats, effective_rank, projection_std
 from self_supervised.vision.simclr import SimCLR, create_simclr_model, get_simclr_aug_pipelines
 from self_supervised.vision.swav import SWAV, create_swav_model, get_swav_aug_pipelines
 
 from methods import augs, callback, images, learner, methods, model, quiet
-from test_dist import on_ranks
+from processes import on_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +52,7 @@ def test_effective_rank_closed_forms():
     assert effective_rank(torch.ones(30,20))==pytest.approx(1, rel=1e-4)
     assert math.isnan(effective_rank(torch.full((4,3), math.nan)))
 
-def test_embedding_std():
+def test_projection_std():
     z = torch.randn(30,8)
     rows = [[v/math.sqrt(sum(o*o for o in r)) for v in r] for r in z.tolist()]
     want = sum(np.std([r[j] for r in rows]) for j in range(8))/8*math.sqrt(8)
@@ -59,16 +61,21 @@ def test_embedding_std():
     assert projection_std(torch.cat([torch.eye(8),-torch.eye(8)])).item()==pytest.approx(1) # corners in all directions
     assert projection_std(torch.randn(20000,8)).item()==pytest.approx(1, abs=.01)
 
-def slow_stats(codes):
-    "Entropies and prototypes in use of (B,K) codes by loops; the expected number in use by going through all choices of B samples, or by drawing"
+def slow_entropies(codes):
+    "Of the mean of (B,K) codes and of each, by loops"
     ent   = lambda p: -sum(o*math.log(o) for o in p if o>0)
     rows  = codes.tolist()
     B,K   = codes.shape
     each  = sum(map(ent, rows))/B
     mean  = ent([sum(r[k] for r in rows)/B for k in range(K)])
+    return mean/min(math.log(K), math.log(B)+each), each/math.log(K)
+
+def slow_stats(codes):
+    "Entropies and prototypes in use of (B,K) codes by loops; the expected number in use by going through all choices of B samples, or by drawing"
+    rows,(B,K) = codes.tolist(),codes.shape
     if K**B<5000: expect = np.mean([len(set(o)) for o in itertools.product(range(K), repeat=B)])
     else: expect = np.mean([len({random.randrange(K) for _ in range(B)}) for _ in range(5000)])
-    return mean/min(math.log(K), math.log(B)+each), each/math.log(K), len({max(range(K), key=r.__getitem__) for r in rows})/expect
+    return *slow_entropies(codes), len({max(range(K), key=r.__getitem__) for r in rows})/expect
 
 @pytest.mark.parametrize('B,K', [(4,6), (6,3), (8,40), (40,8)])
 @pytest.mark.parametrize('sharp', [.1, 1., 5.])
@@ -93,15 +100,15 @@ class Spy(Callback):
     def before_fit(self): self.seen = []
     def after_loss(self):
         if not self.training: return
-        s,q = next(o for o in self.learn.cbs if isinstance(o, SSLCallback)),getattr(self.model, 'queue', None)
+        s = ssl_callback(self.learn)
+        q = s.queue
         z = self.pred[0] if isinstance(self.pred, tuple) else self.pred
-        self.seen.append(dict(loss=self.learn.loss.item()-s.chance, z=z.detach()[:len(s.xb[0][0])].clone(), codes=None if s.last_codes is None else s.last_codes.clone(),
+        self.seen.append(dict(loss=self.learn.loss.item()-s.chance, z=z.detach()[:len(s.views[0])].clone(), codes=None if s.last_codes is None else s.last_codes.clone(),
                               queue=q.feats.shape[1]/q.length if q is not None and len(q.feats) else None))
 
-@pytest.mark.parametrize('every', [1, 2, 5, 100])
-@pytest.mark.parametrize('name', methods)
+@pytest.mark.parametrize('name,every', [*((o,2) for o in methods), *(('swav',o) for o in (1,5,100))])
 def test_history(name, every):
-    "Every number of the history, recomputed; 5 steps an epoch, so every=100 is every=5"
+    "Every number of the history, recomputed, and the columns, which a fit takes with it; 5 steps an epoch, so every=100 is every=5"
     learn = monitored(name, every=every)
     quiet(learn, 3, cbs=(spy:=Spy()))
     h,gap = learn.collapse_monitor.history,min(every, 5)
@@ -111,18 +118,13 @@ def test_history(name, every):
         z = F.normalize(now['z'], dim=1)
         s = np.linalg.svd(z.double().numpy(), compute_uv=False); p = s[s>0]/s.sum()
         want = {'loss-chance': np.mean([o['loss'] for o in spy.seen[t-gap:t]]), 'rank': math.exp(-(p*np.log(p)).sum()), 'std': z.std(0, correction=0).mean().item()*z.shape[1]**.5}
-        if now['codes'] is not None: want |= dict(zip(('mean_entropy','code_entropy'), np.mean([slow_stats(o)[:2] for o in now['codes']], 0)))
+        if now['codes'] is not None: want |= dict(zip(('mean_entropy','code_entropy'), np.mean([slow_entropies(o) for o in now['codes']], 0)))
         if now['queue'] is not None: want['queue'] = now['queue']
         for k,v in want.items(): assert h[k][i]==pytest.approx(v, rel=1e-3, abs=1e-5), k
-    assert ('protos' in h)==hasattr(learn.model, 'prototypes') and ('queue' in h)==hasattr(learn.model, 'queue')
+    s = methods[name].callback
+    assert ('protos' in h)==s.has_codes and ('queue' in h)==(s.queue is not None)
+    assert learn.recorder.metric_names==['epoch','train_loss','valid_loss','loss-chance',*(['protos'] if s.has_codes else []),'std','rank','time'] and len(learn.metrics)==0
     for nm,v in zip(learn.recorder.metric_names[3:-1], learn.recorder.values[-1][2:]): assert v==h[nm][-1]
-
-@pytest.mark.parametrize('name', methods)
-def test_columns(name):
-    learn = monitored(name)
-    quiet(learn, 1)
-    assert learn.recorder.metric_names==['epoch','train_loss','valid_loss','loss-chance',*(['protos'] if hasattr(learn.model, 'prototypes') else []),'std','rank','time']
-    assert len(learn.metrics)==0
 
 class Plain(SSLCallback):
     "A method without codes, chance, prototypes, queue and registry"
@@ -144,6 +146,41 @@ def test_method_that_has_little():
     assert 'projection std' in said and 'lr=' in said and 'prototypes' not in said
     assert learn.collapse_monitor.queue_jump is None and len(learn.collapse_monitor.plot())==2
 
+class Whole(Plain):
+    "A method that nobody else knows: its chance, codes, queue and remedies"
+    has_codes,settling = True,7
+    def before_fit(self): super().before_fit(); self.chance,self.queue_joined = .5,False
+    def lf(self, pred):
+        self.queue_joined = self.learn.pct_train>.45
+        self.last_codes   = F.one_hot(torch.arange(len(pred)//2)%4, 6)[None].float()
+        return super().lf(pred)
+    @property
+    def queue(self): return SimpleNamespace(feats=torch.zeros(1,3,4), length=12)
+    def remedies(self, state):
+        self.told = state
+        return ['this first', *state.change(settling=9, chance=.5, other=1), *state.create(width=(3,4)), *state.add_bn, *state.drop_bn]
+
+def test_method_that_has_all():
+    "The monitor asks the method, and believes it"
+    learn = plain_learner(every=1, patience=4)
+    learn.remove_cb(Plain); learn.add_cb(Whole(augs('simclr')))
+    m = learn.collapse_monitor
+    m.healthy['std'] = ('projection std', 2., math.inf)
+    quiet(learn, 1, cbs=Fail('after_pred', 2, CancelFitException()))
+    assert m.quiet==107
+    m.warmup = 0
+    said, = told(learn, 2)
+    assert learn.recorder.metric_names[3:-1]==['loss-chance','protos','std','rank'] and set(m.history)==set(m.healthy)|{'step'}
+    assert m.history['queue']==[.25]*10 and m.history['code_entropy']==[0]*10 and m.queue_start==6
+    assert learn.whole.told.queue_start is None and learn.whole.told.batch==8 # four checks up to step 4
+    assert order(said)==['this first', 'Whole(settling=9), now 7', 'the model(width=3), now 4', 'the model(bn=False), now True']
+    assert m.history['loss-chance']==pytest.approx([float(o)-.5 for o in learn.recorder.losses])
+
+def test_settling_is_counted_in_steps_of_the_optimizer():
+    learn = monitored(cb=callback('swav', freeze_prototypes_niters=30))
+    quiet(learn, 9, cbs=[GradientAccumulation(16), Fail('after_pred', 2, CancelFitException())]) # a step every two batches of 8
+    assert learn.collapse_monitor.quiet==pytest.approx(100+30*45/22)
+
 def trace(learn):
     "All that a run leaves: weights, buffers, queue, losses, and where the random generators are"
     return ({k:v.clone() for k,v in learn.model.state_dict().items()}, [float(o) for o in learn.recorder.losses], torch.get_rng_state(), random.getstate(),
@@ -157,8 +194,7 @@ def data(labelled):
     y = torch.arange(40)%3
     return tensor_dls(*((images(),y),(images(12),y[:12])) if labelled else (images(),images(12)), bs=8, seed=0)
 
-@pytest.mark.parametrize('labelled', [False, True])
-@pytest.mark.parametrize('name', methods)
+@pytest.mark.parametrize('name,labelled', [*((o,False) for o in methods), ('swav',True)])
 def test_bit_identical(name, labelled):
     "With batch norm, dropout and queue, warning or not"
     def _run(*cbs):
@@ -172,7 +208,7 @@ def test_bit_identical(name, labelled):
     watched.collapse_monitor.plot(); plt.close('all')
     assert_same(a, trace(watched))
 
-@pytest.mark.parametrize('name', methods)
+@pytest.mark.parametrize('name', ['swav', 'simclr'])
 def test_lr_find(name):
     "No columns, no trace, and what the last fit has seen is kept"
     learn = monitored(name, every=1)
@@ -194,7 +230,7 @@ class Fail(Callback):
     def __call__(self, event):
         if event==self.event and self.learn.training and self.learn.train_iter==self.n: raise self.ex
 
-@pytest.mark.parametrize('event', ['before_batch','after_pred','after_loss','after_backward'])
+@pytest.mark.parametrize('event', ['after_loss','after_backward']) # before the monitor's own event, and after it
 def test_exception(event, tmp_path):
     "Fails, exports, and fits again"
     learn = monitored(every=2)
@@ -205,7 +241,7 @@ def test_exception(event, tmp_path):
     quiet(learn, 1)
     assert learn.collapse_monitor.history['step']==[2,4] and len(learn.metrics)==0
 
-@pytest.mark.parametrize('event', ['before_batch','after_pred','after_loss','after_backward'])
+@pytest.mark.parametrize('event', ['after_loss','after_backward'])
 def test_batches_that_are_skipped(event):
     learn = monitored(every=1)
     quiet(learn, 1, cbs=Fail(event, 0, CancelBatchException()))
@@ -228,7 +264,7 @@ def test_errors():
     for kw in (dict(every=0), dict(patience=0)):
         with pytest.raises(ValueError, match='every=.* and patience=.*20 and 5 are usual'): CollapseMonitor(**kw)
     learn = Learner(tensor_dls(images(), bs=8), model('swav'), cbs=CollapseMonitor())
-    with pytest.raises(ValueError, match='no self-supervised method .* SWAV'): learn.fit(1)
+    with pytest.raises(ValueError, match=rf'no self-supervised method .* such as {next(iter(methods.values())).callback.__name__}\('): learn.fit(1)
     with pytest.raises(ValueError, match='nothing has been seen .* every to less than 20'): CollapseMonitor().plot()
 
 
@@ -240,7 +276,7 @@ def judged(*seen, patience=5, warmup=0, **kwargs):
     told(learn, 1) # batch, optimiser and columns are there
     m,fine = learn.collapse_monitor,{'loss-chance':-1.,'mean_entropy':1.,'code_entropy':.5,'protos':1.,'std':.8,'rank':64}
     m.history,m.warning,m.bad,m.queue_start,m.patience,m.quiet = {},'',0,None,patience,warmup
-    learn.xb = ([torch.zeros(8,1,12,12)],)
+    m.ssl.views = [torch.zeros(8,1,12,12)]
     with warnings.catch_warnings(record=True) as w:
         warnings.simplefilter('always')
         for i,o in enumerate(seen):

@@ -51,7 +51,7 @@ def photo(w=80, h=60, mode='RGB'):
 
 # Settings and the call
 
-@pytest.mark.parametrize('method', methods)
+@pytest.mark.parametrize('method', ssl_methods())
 def test_every_parameter_has_a_place(method):
     f,known = ssl_methods()[method].get_aug_pipelines,view_settings(method)
     params = inspect.signature(f).parameters
@@ -338,6 +338,13 @@ def test_page(browser, server): # noqa: F811
         ready(page)
         assert 'get_simclr_aug_pipelines(size=224, jitter_s=1.4)' in code(page) # shared settings are kept
         assert page.locator('img[alt^="Views"]').count()==1 and same_views(page, run(code(page)))
+
+        names = [o.callback.__name__ for o in ssl_methods().values()]
+        assert page.get_by_role('radio').count()==len(names) and all(page.get_by_role('radio', name=o, exact=True).count()==1 for o in names)
+        page.get_by_role('radio', name='DeepCluster').click()
+        page.wait_for_function('document.querySelector("[data-testid=stCode]").innerText.includes("deepcluster")')
+        ready(page)
+        assert 'get_deepcluster_aug_pipelines(jitter_s=1.4)' in code(page) and picture(page, 'Views, 2 × 160').shape[1]==2*164+4 # what has another default is left there
 
 def test_impossible_setting(browser, server): # noqa: F811
     with new_page(browser, server.url) as page:

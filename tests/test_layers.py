@@ -523,6 +523,11 @@ def test_checkpoint_encoder_inside_others(name):
         m,plain = map(nn.SyncBatchNorm.convert_sync_batchnorm, (m,plain))
         assert all(isinstance(o, nn.SyncBatchNorm) for o in norms(m))
 
+def test_checkpoint_encoder_with_other_batch_norms():
+    plain = encs['resnet'](); m = checkpoint_encoder(deepcopy(plain))
+    m,plain = map(nn.SyncBatchNorm.convert_sync_batchnorm, (m,plain))
+    assert_same(train(m), train(plain))
+
 @pytest.mark.parametrize('name', ['xresnet18','resnet','vit'])
 def test_checkpoint_encoder_ddp(name, tmp_path):
     torch.distributed.init_process_group('gloo', store=torch.distributed.FileStore(str(tmp_path/'store'), 1), rank=0, world_size=1)

@@ -16,10 +16,11 @@ from torch import nn
 
 from self_supervised import memory
 from self_supervised.augmentations import unit_float
-from self_supervised.checkpoint import _batches_after, _can_skip, _rngs
 from self_supervised.data import image_dls, no_loss, tensor_dls
-from self_supervised.memory import check_countable, fill_memory, image_ids, refresh_memory
+from self_supervised.memory import EpochIds, check_countable, fill_memory, refresh_memory
 from self_supervised.multicrop import multicrop
+from self_supervised.replay import batches_after, can_skip
+from self_supervised.state import rng_states
 from self_supervised.vision.deepcluster import DeepCluster, create_deepcluster_model
 
 from methods import quiet
@@ -40,9 +41,9 @@ class Flicker(RandTransform):
 
 items = partial(torch.Tensor.unbind, pixels())
 def tensors(drop, **kwargs): return tensor_dls(pixels(), bs=4, drop_last=drop, **kwargs).train
-def lists(drop, bs=4, **kwargs): return TfmdDL([(o,) for o in items()], bs=bs, shuffle=True, drop_last=drop, **kwargs)
-def weighted(drop):          return WeightedDL(Datasets(range(n), [[items().__getitem__]]), bs=4, shuffle=True, drop_last=drop, wgts=range(n))
-def partly(drop):            return PartialDL(Datasets(range(n), [[items().__getitem__]]), bs=4, shuffle=True, drop_last=drop, partial_n=10)
+def lists(drop, bs=4, num_workers=0, **kwargs): return TfmdDL([(o,) for o in items()], bs=bs, shuffle=True, drop_last=drop, num_workers=num_workers, **kwargs)
+def weighted(drop):          return WeightedDL(Datasets(range(n), [[items().__getitem__]]), bs=4, shuffle=True, drop_last=drop, wgts=range(n), num_workers=0)
+def partly(drop, m=10):      return PartialDL(Datasets(range(n), [[items().__getitem__]]), bs=4, shuffle=True, drop_last=drop, partial_n=m, num_workers=0)
 def of_files(drop, files, **kwargs): return image_dls(files, size=4, n_in=1, bs=4, drop_last=drop, valid_pct=.2, **kwargs).train
 def block(drop, files, **kwargs):
     return DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_items=lambda p: sorted(p.iterdir()), get_y=lambda p: int(p.stem)%2).dataloaders(
@@ -63,48 +64,62 @@ def item(dl, i):
     o = o[0] if isinstance(o, tuple) else o
     return (o if isinstance(o, torch.Tensor) else ToTensor()(o)).as_subclass(torch.Tensor).float()
 
-def checked(dl, b):
+def checked(dl, b, ids):
     "Numbers of the images of `b`; the dataset has the same images there"
-    x   = image(b)
-    ids = image_ids(dl)
+    x = image(b)
     assert ids.dtype==torch.int64 and len(ids)==len(x)
     want = torch.stack([item(dl, i) for i in ids.tolist()])
     torch.testing.assert_close(x*(255 if x.max()<=1<want.max() else 1), want) # loaders of a `DataBlock` make floats
     return ids.tolist()
 
-@pytest.mark.parametrize('drop', [True, False])
-@pytest.mark.parametrize('kind', loaders)
+@pytest.mark.parametrize('kind,drop', [(k,d) for k in loaders for d in (True,False) if not ('workers' in k and d)]) # what workers do does not depend on it
 def test_ids(kind, drop, files):
     "Of every batch; in two epochs, after one that was broken off, and when somebody looks at a batch in between"
     check_countable(dl := loaders[kind](drop, files))
-    epochs = [[i for b in dl for i in checked(dl, b)] for _ in range(2)]
-    for b in dl: checked(dl, b); break
-    epochs.append([])
-    for i,b in enumerate(dl):
-        if i==1: dl.one_batch()
-        else: epochs[-1] += checked(dl, b)
+    def epoch(look=None, stop=None):
+        seen = []
+        for i,b in enumerate(dl):
+            if i==0: ids = EpochIds(dl)
+            if i==look: dl.one_batch()
+            seen += checked(dl, b, ids[i])
+            if i==stop: break
+        return seen
+    epochs = [epoch(), epoch()]
+    epoch(stop=0)
+    epochs.append(epoch(look=1))
     if not kind.startswith(('weighted','partly','dealt')): assert all(len(o)==len(set(o)) for o in epochs)
     assert (epochs[0]==epochs[1])==(kind=='ordered')
 
-@pytest.mark.parametrize('kind,skip', [('tensors',True), ('file_workers',True), ('dealt',True), ('workers',False), ('flicker',False)])
-def test_ids_after_resume(kind, skip, files):
+# those that read everything again; and those whose length is a batch more than they give
+resumed = dict(flicker=lambda d,f: lists(d, num_workers=2, after_item=[Flicker()]), dealt_flicker=lambda d,f: dealt(lists(d, num_workers=2, after_item=[Flicker()]), 1, 2),
+               partly_8=lambda d,f: partly(d, 8), partly_flicker=lambda d,f: PartialDL([(o,) for o in items()], bs=4, shuffle=True, drop_last=d, partial_n=12, num_workers=2, after_item=[Flicker()]))
+
+@pytest.mark.parametrize('kind,drop,skip', [('tensors',False,True), ('file_workers',False,True), ('dealt',False,True), ('dealt',True,True), ('partly_8',False,True),
+    ('workers',False,False), ('flicker',True,False), ('dealt_flicker',True,False), ('partly_flicker',False,False)])
+def test_ids_after_resume(kind, drop, skip, files):
     "A loader that leaves the first batches out, and one that cannot: batches and numbers are those of the epoch that was not broken off"
-    make = partial(loaders[kind], False, files) if kind in loaders else lambda: lists(False, num_workers=2, after_item=[Flicker()])
-    dl,want = make(),[]
+    dl,want = (loaders | resumed)[kind](drop, files),[]
+    done = 1 if kind in ('dealt','dealt_flicker','partly_8') else 2
     if not isinstance(dl, DistributedDL): dl.rng.seed(1)
-    assert _can_skip(dl)==skip
+    assert can_skip(dl)==skip
     set_seed(1)
-    begin = _rngs([dl])
+    begin = rng_states([dl])
     for i,b in enumerate(dl):
-        want.append((image(b), image_ids(dl)))
-        if i==1: now = _rngs([dl])
+        if i==0: ids = EpochIds(dl)
+        want.append((image(b), ids[i]))
+        if i==done-1: now = rng_states([dl])
     set_seed(7)
-    got = [(image(b), image_ids(dl)) for b in _batches_after(dl, [dl], 2, begin, now)]
-    assert len(want)>2 and len(got)==len(want)-2
-    for (x,ids),(y,other) in zip(want[2:], got):
-        torch.testing.assert_close(x, y, atol=.0011, rtol=0); assert torch.equal(ids, other)
-    for b in dl: image_ids(dl) # and again from the start
-    assert len(image_ids(dl))==len(want[-1][1])
+    got = []
+    for i,b in enumerate(batches_after(dl, [dl], done, begin, now), done):
+        if i==done: ids = EpochIds(dl)
+        got.append((image(b), ids[i]))
+    assert len(want)>done and len(got)==len(want)-done
+    for (x,a),(y,b) in zip(want[done:], got):
+        torch.testing.assert_close(x, y, atol=.0011, rtol=0); assert torch.equal(a, b) and len(a)==len(x)
+    for i,b in enumerate(dl): # and again from the start
+        if i==0: ids = EpochIds(dl)
+        assert len(ids[i])==len(image(b))
+    assert i+1==len(want)
 
 class Endless:
     def __getitem__(self, i): return pixels()[i%n]

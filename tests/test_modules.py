@@ -12,18 +12,20 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import reference
-from self_supervised import layers
+from self_supervised import encoders
 from self_supervised.data import tensor_dls
-from self_supervised.modules import SSLOutput, SimCLR, SwAV
+from self_supervised.dist import rank
+from self_supervised.modules import SSLOutput, SimCLRModule, SwAV, SwAVModule
 from self_supervised.vision import simclr, swav
 from self_supervised.vision.swav import normalize_prototypes
 
 from methods import encoder, images, quiet
-from test_dist import corners, on_ranks, rank
+from processes import on_ranks
+from test_dist import corners
 
 dims,K = (16,8),10
 def module(nm, enc=None, **kwargs):
-    cls = {'swav':partial(SwAV, n_prototypes=K), 'simclr':SimCLR}[nm]
+    cls = {'swav':partial(SwAVModule, n_prototypes=K), 'simclr':SimCLRModule}[nm]
     return cls(encoder() if enc is None else enc, dims, **kwargs)
 
 def views(n=3, sizes=(12,12,6,6), c=1, dtype=torch.float32, seed=0):
@@ -96,13 +98,13 @@ def test_swav_equals_loops(n):
 def test_arguments_reach_the_loss():
     vs = views(5)
     a = module('swav').eval()
-    b = SwAV(a.backbone, dims, K, temperature=.3, sinkhorn_iterations=1, epsilon=.2).eval()
+    b = SwAVModule(a.backbone, dims, K, temperature=.3, sinkhorn_iterations=1, epsilon=.2).eval()
     b.load_state_dict(a.state_dict())
     z,s = b.score(torch.cat([b.backbone(v) for v in vs]))
     s = s.detach().double().unflatten(0, (4,5)).numpy()
     want = reference.swapped_loss(s, [reference.sinkhorn(s[i], .2, 1) for i in (0,1)], [0,1], .3)
     assert call(b, vs).loss.item()==pytest.approx(want, rel=1e-5) and call(a, vs).loss.item()!=pytest.approx(want, rel=1e-2)
-    c = module('simclr').eval(); d = SimCLR(c.backbone, dims, temperature=.05).eval(); d.projector = c.projector
+    c = module('simclr').eval(); d = SimCLRModule(c.backbone, dims, temperature=.05).eval(); d.projector = c.projector
     assert call(c, vs).loss!=call(d, vs).loss
 
 
@@ -150,9 +152,9 @@ def test_wrong_calls(nm, f, msg):
 
 def test_wrong_arguments():
     for kw,msg in ((dict(temperature=0), 'temperature=0'), (dict(epsilon=-1), 'epsilon=-1'), (dict(sinkhorn_iterations=0), 'sinkhorn_iterations=0')):
-        with pytest.raises(ValueError, match=msg): SwAV(encoder(), dims, K, **kw)
-    with pytest.raises(ValueError, match='temperature=0'): SimCLR(encoder(), dims, temperature=0)
-    for cls in (SwAV, SimCLR):
+        with pytest.raises(ValueError, match=msg): SwAVModule(encoder(), dims, K, **kw)
+    with pytest.raises(ValueError, match='temperature=0'): SimCLRModule(encoder(), dims, temperature=0)
+    for cls in (SwAVModule, SimCLRModule):
         with pytest.raises(ValueError, match=r'projector_dims=\(8,\) must be two numbers'): cls(encoder(), (8,))
         with pytest.raises(ValueError, match='already built'): cls(encoder(), dims, low_resolution=True)
         with pytest.raises(ValueError, match='not a name timm knows'): cls('no_such_net', dims)
@@ -160,26 +162,28 @@ def test_wrong_arguments():
 
 # Encoders
 
-def test_encoders_by_name():
-    r = SwAV('resnet10t', dims, K, n_in=1)
-    assert hasattr(r.backbone, 'forward_features') and r.embed_dim==512 and call(r, views(2, (32,32,24))).loss.isfinite()
-    assert SimCLR('resnet10t', dims, dynamic_img_size=False).embed_dim==512
-    assert SwAV('resnet10t', dims, K, low_resolution=True).backbone.conv1[0].stride==(1,1)
-    assert hasattr(SimCLR('resnet18', dims).backbone, 'layer4') # a name that timm and fastai know is timm's
-    assert isinstance(SimCLR('xresnet18', dims).backbone, nn.Sequential) # one that only fastai knows
+def test_other_name(): assert SwAV is SwAVModule
 
-@pytest.mark.parametrize('cls', [SwAV, SimCLR])
+def test_encoders_by_name():
+    r = SwAVModule('resnet10t', dims, K, n_in=1)
+    assert hasattr(r.backbone, 'forward_features') and r.embed_dim==512 and call(r, views(2, (32,32,24))).loss.isfinite()
+    assert SimCLRModule('resnet10t', dims, dynamic_img_size=False).embed_dim==512
+    assert SwAVModule('resnet10t', dims, K, low_resolution=True).backbone.conv1[0].stride==(1,1)
+    assert hasattr(SimCLRModule('resnet18', dims).backbone, 'layer4') # a name that timm and fastai know is timm's
+    assert isinstance(SimCLRModule('xresnet18', dims).backbone, nn.Sequential) # one that only fastai knows
+
+@pytest.mark.parametrize('cls', [SwAVModule, SimCLRModule])
 def test_released_weights_go_to_who_knows_them(cls, monkeypatch):
     asked = []
     def load(enc, weights): asked.append((type(enc).__name__, weights)); return enc
-    monkeypatch.setattr(layers, '_loaders', [load])
+    monkeypatch.setattr(encoders, '_loaders', [load])
     for o in ('resnet18', encoder()): cls(o, dims, pretrained='swav_800ep')
     assert asked==[('Sequential','swav_800ep')]*2
 
 def test_vision_transformer_takes_any_size():
-    m = SwAV('vit_tiny_patch16_224', dims, K)
+    m = SwAVModule('vit_tiny_patch16_224', dims, K)
     assert call(m, views(2, (64,64,32), c=3)).loss.isfinite()
-    fixed = SwAV('vit_tiny_patch16_224', dims, K, dynamic_img_size=False)
+    fixed = SwAVModule('vit_tiny_patch16_224', dims, K, dynamic_img_size=False)
     with pytest.raises(AssertionError, match='64'): fixed(*views(2, (64,64), c=3))
 
 

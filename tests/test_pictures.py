@@ -15,8 +15,9 @@ from torch.utils import data as torch_data
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from methods import augs, callback, model
-from self_supervised import core
 from self_supervised.augmentations import NormalizeView
+from self_supervised.basics import warn_once
+from self_supervised.core import SSLCallback
 from self_supervised.data import image_dls, tensor_dls
 from self_supervised.diagnostics import plot_codes, plot_map, show_neighbors, show_prototypes
 from self_supervised.vision.swav import SWAV, SwAVModel
@@ -73,8 +74,7 @@ def lit_model(encoder=None):
     m.prototypes.weight.data = torch.diag(torch.linspace(1, 9, 9)) # lengths that must not matter
     return m
 
-@pytest.mark.parametrize('bs', (1, 4, 18, 64))
-@pytest.mark.parametrize('part', (0, 1))
+@pytest.mark.parametrize('bs,part', ((1,1), (4,0), (4,1), (18,0), (64,1)))
 def test_prototypes(bs, part):
     "In a shuffled loader that drops its last batch as in one in order"
     x,near = lit_images()
@@ -98,6 +98,23 @@ def test_codes():
     assert ax.patches[0].get_data().values.tolist()==[7,5,4,2,0,0,0,0,0]
     assert [o.get_text() for o in ax.get_legend().get_texts()]==['4 of 9 prototypes have images', '2 images: all alike']
     assert ax.lines[0].get_ydata()[0]==2 and tuple(ax.figure.get_size_inches())==(5,2)
+
+def test_whose_prototypes():
+    "Those that the method names, of several heads the first: the Learner's method, or the one that the model belongs to, wrapped or not"
+    x,_ = lit_images()
+    dl  = tensor_dls(x, bs=4).train
+    class Own(nn.Module):
+        def __init__(self): super().__init__(); self.encoder,self.projector,self.where = nn.Flatten(),nn.Identity(),torch.eye(9)
+    class Method(SSLCallback):
+        @staticmethod
+        def heads(model): return torch.stack([model.where[[4,0]], model.where[[1,3]]])
+    own = Learner(tensor_dls(x, bs=4), Own(), cbs=Method(augs('simclr', 3)))
+    assert show_prototypes(own, dl, n=1, k=1)[0].texts[0].get_text()[0]=='0' and len(plot_codes(own, dl)[0].patches[0].get_data().values)==2
+    with pytest.raises(ValueError, match='Own.*no `prototypes`'): plot_codes(own.model, dl)
+    m = model('deepcluster', enc=nn.Flatten(), n_protos=9, projection_size=9, n_features=9, n_heads=2)
+    m.projector,m.prototypes.weight.data = nn.Identity(),torch.cat([torch.eye(9), torch.eye(9)[[0]*9]])
+    for o in (m, nn.DataParallel(m), torch.compile(lit_model(), backend='eager')):
+        assert plot_codes(o, dl)[0].patches[0].get_data().values.tolist()==[7,5,4,2,0,0,0,0,0]
 
 def test_projector_is_in_eval_mode():
     "A batch of one image through batch norm, and nothing of it is remembered"
@@ -153,7 +170,7 @@ loaders = {
     'list of tensors':     lambda x: [x[:11], x[11:]],
 }
 
-@pytest.mark.parametrize('name,c', [(o,3) for o in loaders] + [(o,c) for c in (1,4,13) for o in ('tensor_dls','normalised','torch, shuffled')])
+@pytest.mark.parametrize('name,c', [*((o,3) for o in loaders), ('tensor_dls',1), ('normalised',1), ('normalised',4), ('torch, shuffled',13)])
 def test_neighbors_are_drawn_as_they_are(name, c):
     x   = pixels(c=c)
     see = (x/255 - norm[0][0])/norm[1][0] if 'ormal' in name else x/255 # what the encoder gets
@@ -226,7 +243,7 @@ def test_files(make, tmp_path):
     assert 1 < len(ax.images) <= 9
 
 def test_unknown_normalisation_is_drawn_rescaled():
-    core.warn_once.cache_clear()
+    warn_once.cache_clear()
     x = torch.randn(10,1,4,4, generator=torch.Generator().manual_seed(0))
     with pytest.warns(UserWarning, match='drawn rescaled') as w:
         for _ in range(2): axes = show_neighbors(nn.Flatten(), torch_dl(x), [0,1], k=9)

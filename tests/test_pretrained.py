@@ -12,7 +12,7 @@ from self_supervised.all import SWAV, create_encoder, create_model, create_timm_
 from self_supervised.methods import ssl_methods
 from self_supervised.layers import CheckpointSequential
 from self_supervised.pretrained import create_official_model, to_layout, load_official, official_weights, read_official
-from self_supervised import layers
+from self_supervised import encoders
 
 pytestmark = pytest.mark.slow
 
@@ -143,10 +143,10 @@ def test_wide(x, tmp_path):
     torch.manual_seed(2)
     plain = stir(Plain(2))
     file  = write(tmp_path/'w2.pth', plain, heads(4096, 16))
-    enc   = create_encoder('resnet50w2', pretrained=file).eval()
+    model = create_official_model(file)
+    enc   = model.encoder.eval() # made by create_encoder('resnet50w2', pretrained=file)
     close(enc(x), plain(x))
     assert {k:tuple(v.shape) for k,v in enc.state_dict().items()}=={k:tuple(v.shape) for k,v in plain.state_dict().items()}
-    model = create_official_model(file)
     assert model.projector[0].in_features==4096 and model.projector[0].out_features==16 and model.encoder.made_with['arch']=='resnet50w2'
     assert timm.is_model('resnet50w4')
     state = to_layout(model, 'official')
@@ -166,14 +166,15 @@ def test_plain_is_torchvisions(net, x):
     plain.load_state_dict(net.state_dict())
     close(plain.eval()(x), net(x))
 
-@pytest.mark.parametrize('change,says', [
+spoilt = [
     (lambda s: s.pop('module.layer3.4.bn2.running_var'), r'1 tensors differ: layer3\.4\.bn2\.running_var: is missing'),
     (lambda s: s.update({'module.extra.weight':torch.zeros(1)}), r'1 tensors differ: extra\.weight: is left over'),
     (lambda s: s.update({'module.bn1.weight':torch.zeros(65)}), r'bn1\.weight: \(65,\) in the file, \(64,\) here'),
     (lambda s: [s.pop(f'module.layer4.2.bn{i}.bias') for i in (1,2,3)], r'3 tensors differ: .*bn1\.bias.*bn2\.bias.*bn3\.bias'),
-], ids=['missing','left over','shape','several'])
-@pytest.mark.parametrize('lib', ['fastai','timm'])
-def test_strict(change, says, lib, file, tmp_path):
+]
+
+@pytest.mark.parametrize('lib,change,says', [('fastai',*o) for o in spoilt]+[('timm',*spoilt[3])], ids=['missing','left over','shape','several','timm'])
+def test_strict(lib, change, says, file, tmp_path):
     state = torch.load(file)
     change(state)
     torch.save(state, tmp_path/'bad.pth')
@@ -187,8 +188,8 @@ def test_strict(change, says, lib, file, tmp_path):
     (lambda file: create_encoder('resnet50', pretrained='swav_RN50w2_400ep'), ValueError, "create_encoder\\('resnet50w2'"),
     (lambda file: create_encoder('resnet50', pretrained='swav_850ep'), ValueError, 'not a released name; did you mean swav_800ep'),
     (lambda file: create_encoder('resnet50', pretrained=file.parent), ValueError, 'is not a file'),
-    (lambda file: create_official_model('deepclusterv2_400ep', method='swav'), ValueError, r'prototypes of \[20, 20, 20\], which do not fit swav'),
-    (lambda file: create_official_model(file, method='simclr'), ValueError, "method='simclr' must be 'swav'"),
+    (lambda file: create_official_model('deepclusterv2_400ep', method='swav'), ValueError, r'prototypes of \[20, 20, 20\], which do not fit swav: a file with so many sets is for deepcluster or sela'),
+    (lambda file: create_official_model(file, method='simclr'), ValueError, "method='simclr' must be 'swav', 'deepcluster' or 'sela'"),
     (lambda file: create_encoder('resnet50w4'), ValueError, "pretrained='swav_RN50w4_400ep'"),
     (lambda file: to_layout(nn.Sequential(nn.Conv2d(3,4,3)), 'timm'), ValueError, 'does not say what it is'),
     (lambda file: to_layout(create_encoder('xresnet18', pretrained=False), 'timm'), ValueError, 'timm has no xresnet18; neither library has'),
@@ -200,7 +201,7 @@ def test_wrong_use(f, error, says, file):
     with pytest.raises(error, match=says): f(file)
 
 def test_without_the_module_that_knows_them(monkeypatch):
-    monkeypatch.setattr(layers, '_loaders', [])
+    monkeypatch.setattr(encoders, '_loaders', [])
     with pytest.raises(ValueError, match='import self_supervised.pretrained'): create_encoder('resnet50', pretrained='swav_800ep')
 
 def test_no_network(monkeypatch):
@@ -238,7 +239,7 @@ def test_whole_model_and_a_step(net, file, x):
     quiet(learn, 1, 1e-3)
     assert all(not torch.equal(old[k], v) for k,v in model.named_parameters())
 
-@pytest.mark.parametrize('method,learns', [(None,False), ('deepcluster',False), ('sela',True)])
+@pytest.mark.parametrize('method,learns', [(None,False), ('sela',True)])
 def test_models_of_several_heads(net, files, x, method, learns):
     "Scores of every head, a step, and the official layout again"
     file  = files/'deepclusterv2_400ep_pretrain.pth.tar'
@@ -265,8 +266,12 @@ def test_heads_of_different_sizes(net, tmp_path):
     with pytest.raises(ValueError, match='no projector with prototypes'): create_official_model(write(tmp_path/'y.pth', net, {}))
 
 def test_layouts(net, file, x):
-    for enc in (create_encoder('resnet50', file), create_encoder(create_timm_encoder('resnet50', pretrained=False, pool_type='avg'), file),
-                CheckpointSequential(create_encoder('resnet50', file)), torch.compile(create_encoder('resnet50', file), backend='eager')):
+    ours = create_encoder('resnet50', file)
+    want = to_layout(ours, 'torchvision')
+    for wrapped in (CheckpointSequential(ours), torch.compile(ours, backend='eager')):
+        got = to_layout(wrapped, 'torchvision')
+        assert list(got)==list(want) and all(torch.equal(got[k], want[k]) for k in want)
+    for enc in (ours, create_encoder(create_timm_encoder('resnet50', pretrained=False, pool_type='avg'), file)):
         tv = torchvision.models.resnet50(weights=None)
         assert tv.load_state_dict(to_layout(enc, 'torchvision'), strict=False)==(['fc.weight','fc.bias'], [])
         tv.fc = nn.Identity()
@@ -280,6 +285,32 @@ def test_official_layout_of_a_model_loads_again(net, file, x):
     torch.save(to_layout(create_official_model(file), 'official'), buf)
     again,first = torch.load(io.BytesIO(buf.getvalue())),torch.load(file)
     assert list(again)==list(first) and all(torch.equal(again[k], first[k]) for k in first)
+
+def test_one_set_for_a_method_of_several(file):
+    "Taken if it is asked for by name; a method of several sets numbers even one"
+    model = create_official_model(file, method='deepcluster')
+    assert type(model) is ssl_methods()['deepcluster'].model and model.n_heads==1
+    assert [k for k in to_layout(model, 'official') if 'prototypes' in k]==['module.prototypes.prototypes0.weight']
+
+def test_method_that_is_registered_later(monkeypatch, file):
+    "Its weights are among the released ones and say which method they are of; files of so many sets that nobody else takes are its"
+    from self_supervised import methods
+    from self_supervised.pretrained import OfficialWeights
+    assert OfficialWeights is methods.OfficialWeights
+    monkeypatch.setattr(methods, '_methods', dict(methods._methods))
+    swav = ssl_methods()['swav']
+    class Late(swav.callback): official_args = staticmethod(lambda n_heads: dict(bn=True) if n_heads==1 else None)
+    class LateModel(swav.model): pass
+    def create(*args, bn, **kwargs):
+        m = swav.create_model(*args, **kwargs)
+        m.__class__ = LateModel
+        return m
+    methods.register_method('late', Late, LateModel, create, swav.get_aug_pipelines, swav.loss, weights=dict(late_9ep=OfficialWeights('resnet50', 'Late', 9, 64, '2×224', 1., 'file:///nowhere')))
+    assert list(official_weights())[-1]=='late_9ep' and len(official_weights())==16
+    assert type(create_official_model(file)) is swav.model and type(create_official_model(file, method='late')) is LateModel
+    with pytest.raises(ValueError, match="create_encoder\\('resnet50', pretrained='late_9ep'\\)"): create_encoder('resnet18', pretrained='late_9ep')
+    monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', lambda url,**_: torch.load(file))
+    assert type(create_official_model('late_9ep')) is LateModel
 
 def test_layouts_of_other_architectures(x):
     for arch,layout,target in (('resnet18','torchvision',torchvision.models.resnet18), ('densenet121','torchvision',torchvision.models.densenet121)):

@@ -88,8 +88,7 @@ def plain_log_sinkhorn(s, eps=.05, n_iters=3):
         m = m - m.logsumexp(1, keepdim=True)
     return m.exp()
 
-@pytest.mark.parametrize('n_iters', [1, 3, 40])
-@pytest.mark.parametrize('scale', [1, 30, 1e4])
+@pytest.mark.parametrize('scale,n_iters', [(1, 1), (1, 3), (30, 3), (1e4, 1), (1e4, 40)])
 def test_blocks_equal_one_matrix(scale, n_iters):
     s = unit_scores(1000, 1500)*scale # 1.5 million scores: three blocks
     torch.testing.assert_close(sinkhorn_knopp(s, n_iters=n_iters), plain_log_sinkhorn(s, n_iters=n_iters), rtol=1e-6, atol=1e-9)

@@ -160,7 +160,7 @@ class DeepCluster(SSLCallback):
         "Make the views; fill the memory and assign the images if it is time"
         super().before_batch()
         if not self.training: return
-        if self._ids is None or self.iter==0: self._ids = EpochIds(self.dl, self.iter, self.n_iter)
+        if self._ids is None or self.iter==0: self._ids = EpochIds(self.dl)
         if world_size()>1 and not self.equal_sizes: raise ValueError(
             'the processes have loaders of their own, and the numbers of their images mean different ones: fit inside `with learn.distrib_ctx():`, which deals out one dataset')
         if self.memory is None: self.memory = fill_memory(self, self.crop_assgn_ids)
