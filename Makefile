@@ -10,12 +10,14 @@ PORT   ?= 8000
 BIN    := $(VENV)/bin
 PY     := $(BIN)/python
 STAMP  := $(VENV)/.installed
+# two workers, for two cores, with a thread each; a file stays with one, which has its fixtures
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 MIN_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 comma      := ,
 
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test check lint sync notebooks pytest test-kill bench docs docs-serve export clean-nbs
+.PHONY: help demo test test-fast check lint sync notebooks pytest test-kill bench docs docs-serve export clean-nbs
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
@@ -27,6 +29,9 @@ demo: $(STAMP) ## pretrain on the embedded images, then print a table and write 
 test: lint sync notebooks pytest ## everything CI runs: lint, sync, notebooks, pytest
 
 check: test ## the same as test
+
+test-fast: $(STAMP) ## the tests without a browser, other processes and notebooks: at most three minutes, for in between
+	$(PYTEST) -m 'not kill and not process and not browser'
 
 lint: $(STAMP) ## ruff, for errors only
 	$(PY) -m ruff check .
@@ -40,7 +45,7 @@ notebooks: $(STAMP) ## run every notebook; none may fail or leave a file behind
 	diff <(echo "$$before") <(find nbs -type f | sort) || { echo "make: the notebooks left these files behind (>)" >&2; exit 1; }
 
 pytest: $(STAMP) ## the tests under tests/
-	$(PY) -m pytest
+	$(PYTEST)
 
 test-kill: $(STAMP) ## kill training processes at 40 random moments and let them go on: one to three minutes, not part of test
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_checkpoint.py -m kill

@@ -2,7 +2,7 @@
 
 The first table: training steps of a fastai Learner with the SWAV callback on the CPU, float32, the first encoders as in the benchmark of the step.
 
-- one check: to look at a batch (loss, codes, embeddings) and to read what was seen, the median over 40 steps that all have one.
+- one check: to look at a batch (loss, codes, projections) and to read what was seen, the median over 40 steps that all have one.
 - share: one check in every 20 steps, as by default, as a part of these 20 steps. This is the cost, wherever steps and checks take turns.
 - time / without: whole epochs of 20 steps with the monitor against epochs without it, the median ratio of neighbours. It scatters by more than the share.
 

@@ -1,14 +1,18 @@
-"The whole public API: `from self_supervised.all import *`"
+"""The whole public API: `from self_supervised.all import *`
+
+Of rooms behind a face – `pixels` behind `augmentations`, `state` behind `checkpoint` – it brings what the face hands on; what they share among themselves stays there."""
 from importlib import import_module as _import
 from pkgutil import iter_modules as _modules
 
 from self_supervised import vision as _vision
+# the ground
 from self_supervised.dist import *
 from self_supervised.methods import *
 from self_supervised.basics import *
 from self_supervised.pipelines import *
 from self_supervised.core import *
 from self_supervised.watcher import *
+# images → views → scores → targets
 from self_supervised.data import *
 from self_supervised.augmentations import *
 from self_supervised.layers import *
@@ -17,12 +21,15 @@ from self_supervised.sinkhorn import *
 from self_supervised.queue import *
 from self_supervised.memory import *
 from self_supervised.kmeans import *
+# judges, and runs
 from self_supervised.evaluation import *
 from self_supervised.optimizer import *
 from self_supervised.diagnostics import *
 from self_supervised.checkpoint import *
 from self_supervised.pretrained import *
 from self_supervised.recipes import *
+from self_supervised.suggest import *
+from self_supervised.modules import *
 from self_supervised.transfer import *
 
 for _m in (_import(f'self_supervised.vision.{o.name}') for o in _modules(_vision.__path__)): # each method that there is

@@ -22,11 +22,12 @@ from fastai.optimizer import Optimizer
 from fastai.torch_core import get_model, to_device
 
 from . import __version__
+from .basics import rng_states, set_rng_states
 from .dist import rank, world_size
 from .export import *
 from .replay import batches_after
 from .run_settings import check_settings, run_settings
-from .state import load_model, named_callbacks, plain, read_checked, rng_states, set_rng_states, set_state, state_of, write_atomic
+from .state import load_model, named_callbacks, plain, read_checked, set_state, state_of, write_atomic
 
 # %% ../nbs/65_checkpoint.ipynb #02922ff4
 _all_ = ['write_atomic', 'read_checked', 'encoder_info', 'load_encoder']
@@ -47,7 +48,7 @@ class Checkpoint(Callback):
             if v is not None and v<=0: raise ValueError(f'{nm}={v} must be positive, or None not to save by {nm}')
         if keep<1: raise ValueError(f'keep={keep}: at least the newest file must stay, 2 or more to have one to fall back on')
         self.folder,self.minutes,self.steps,self.epochs,self.keep = Path(folder),minutes,steps,epochs,keep
-        self._fits,self._saved,self._resumed,self._running,self._group,self._vote,self._old = 0,None,False,False,None,None,{}
+        self._fits,self._saved,self._resumed,self.running,self._group,self._vote,self._old = 0,None,False,False,None,None,{}
 
     @property
     def files(self) -> L: # paths, oldest first
@@ -59,12 +60,12 @@ class Checkpoint(Callback):
 def before_fit(self:Checkpoint):
     "Not yet: `validate` comes here too"
     self._give_signals_back() # the last fit may have ended in an error
-    self.run,self._running = not hasattr(self.learn, 'lr_finder'),False
+    self.run,self.running = not hasattr(self.learn, 'lr_finder'),False
 
 @patch
 def _begin(self:Checkpoint):
     "The first steps of a fit are near"
-    self._running,self.stopped,self._fits,self._last,self._end = True,None,self._fits+1,time.monotonic(),None
+    self.running,self.stopped,self._fits,self._last,self._end = True,None,self._fits+1,time.monotonic(),None
     self._settings = run_settings(self.learn)
     if self._fits==1 and self.files and not self._resumed: raise ValueError(
         f'{self.folder} holds the checkpoints of a run already ({self.files[-1].name}): go on with it by learn.resume() before the fit, or give this run another folder')
@@ -86,7 +87,7 @@ def _give_signals_back(self:Checkpoint):
 @patch
 def before_train(self:Checkpoint):
     "Remember how the generators are before the order is drawn"
-    if not self._running: self._begin()
+    if not self.running: self._begin()
     self._at,self._end,self._rng_begin = (self.epoch,0),None,rng_states(self.dls)
 
 # %% ../nbs/65_checkpoint.ipynb #e7c0b5c5
@@ -103,7 +104,7 @@ def _agree(self:Checkpoint, *wishes):
 @patch
 def after_batch(self:Checkpoint):
     "Save if it is time, and stop if a signal came"
-    if not self._running: return
+    if not self.running: return
     if self.training:
         self._at = self.epoch,self.iter+1
         if self.iter+1==self.n_iter: self._end = self._passing() # validation moves the generators and may change callbacks
@@ -117,7 +118,7 @@ def after_batch(self:Checkpoint):
 @patch
 def after_epoch(self:Checkpoint):
     "Save if it is time; always after the last epoch"
-    if not self._running: return
+    if not self.running: return
     self._at,self._end = (self.epoch+1,0),None
     if self.epoch+1==self.n_epoch or (self.epochs and (self.epoch+1)%self.epochs==0): self.save()
 
@@ -127,7 +128,7 @@ def after_fit(self:Checkpoint):
     if self._vote: self._vote[1].wait()
     if self._group: tdist.destroy_process_group(self._group)
     self._group = self._vote = None
-    self._running = False
+    self.running = False
     self._give_signals_back()
 
 # %% ../nbs/65_checkpoint.ipynb #cb7945c2
@@ -166,7 +167,7 @@ def save(self:Checkpoint):
 
 # %% ../nbs/65_checkpoint.ipynb #5b41aeba
 @patch
-def _newest(self:Checkpoint):
+def newest(self:Checkpoint) -> tuple: # path, and what it holds
     "The newest file that is whole, and what it holds"
     bad = []
     for f in reversed(self.files):
@@ -186,7 +187,7 @@ def resume(self:Learner,
     cb = first(o for o in self.cbs if isinstance(o, Checkpoint))
     if cb is None: raise ValueError('this Learner has no Checkpoint callback to say where the run is: pass cbs=[…, Checkpoint(folder)]')
     if missing_ok and not cb.files: return
-    path,saved = cb._newest()
+    path,saved = cb.newest()
     load_model(get_model(self.model), saved['model'], path)
     cb._saved,cb._fits,cb._resumed = saved,0,True
     self._do_fit = partial(_resumed_fit, self, cb, [override] if isinstance(override, str) else list(override), path)

@@ -30,7 +30,7 @@ def find_encoder(
     raise ValueError(f'{name} is not a folder of a run (with encoder.safetensors or checkpoints/), not a file, not random:ARCH and not a released name: '
                      + nearest(name, list(known()['weights'])))
 
-# %% ../nbs/71_cli_judge.ipynb #5bd85129
+# %% ../nbs/71_cli_judge.ipynb #388e136d
 def learner_of(
     run:Path, # folder of a run
 ) -> tuple: # `Learner`, and the path of the checkpoint
@@ -39,7 +39,7 @@ def learner_of(
     from self_supervised.checkpoint import Checkpoint
     from self_supervised.recipes import Recipe
     from self_supervised.state import load_model
-    path,saved = Checkpoint(run/'checkpoints')._newest()
+    path,saved = Checkpoint(run/'checkpoints').newest()
     said  = json.loads((run/'settings.json').read_text())
     def tuples(o): return tuple(map(tuples, o)) if isinstance(o, list) else o
     r,n_in = Recipe(said['recipe'], said['method'], **{k:tuples(v) for k,v in said['settings'].items()}),said['run']['n_in']

@@ -89,7 +89,7 @@ def _listening(cb):
     told = []
     def heard(sig, frame):
         told.append(time.monotonic())
-        if cb._running and not cb.stopped: cb.stopped = 'Ctrl-C'
+        if cb.running and not cb.stopped: cb.stopped = 'Ctrl-C'
         elif not cb.stopped or told[-1]-told[0]>2: sys.exit(128+sig)
     old = {o:signal.signal(o, heard) for o in (signal.SIGINT, signal.SIGTERM)}
     try: yield

@@ -18,9 +18,9 @@ from fastai.callback.training import GradientAccumulation, bn_types
 from fastai.distributed import DistributedDL
 from fastai.learner import AvgMetric, Learner
 from fastai.metrics import AccumMetric
-from fastai.torch_core import apply, get_random_states, num_distrib, rank_distrib, set_random_states, set_seed
+from fastai.torch_core import apply, num_distrib, rank_distrib, set_seed
 
-from .basics import warn_once
+from .basics import rng_states, set_rng_states, warn_once
 from .dist import unwrapped
 from .methods import method_of
 from .pipelines import assert_aug_pipelines, make_views, show_views
@@ -212,12 +212,6 @@ def after_step(self:SSLCallback):
     self.stepped()
 
 # %% ../nbs/04_core.ipynb #fdeba414
-def _rng_states(dls): return get_random_states(), [(o, o.rng.getstate()) for o in dls if hasattr(o, 'rng')]
-
-def _set_rng_states(states, dl_states):
-    set_random_states(**states)
-    for o,s in dl_states: o.rng.setstate(s)
-
 @patch
 def before_fit(self:SSLCallback):
     "Refuse what cannot train; remember the random generators if this is `lr_find`; other processes, other views"
@@ -232,13 +226,13 @@ def before_fit(self:SSLCallback):
         f'{n} training images on {ranks} process(es) make no batch of bs={bs}, and nothing would be trained: use bs={max(n//ranks, 1)} or less, or drop_last=False')
     if ranks>1 and not torch.distributed.is_initialized(): raise ValueError(
         f'{ranks} processes were launched, and this Learner does not know of the others: fit inside `with learn.distrib_ctx():`')
-    self._rng = _rng_states(self.dls) if any(isinstance(o, LRFinder) for o in self.learn.cbs) else None
+    self._rng = rng_states(self.dls) if any(isinstance(o, LRFinder) for o in self.learn.cbs) else None
     if rank_distrib(): set_seed(int(torch.randint(2**31, (1,))) + rank_distrib())
 
 @patch
 def after_fit(self:SSLCallback):
     "Put back what `lr_find` has used of the random generators, and let go of the last batch"
-    if self._rng: _set_rng_states(*self._rng)
+    if self._rng: set_rng_states(self.dls, self._rng)
     self._rng = self.last_codes = self.views = self.target = None
 
 @patch

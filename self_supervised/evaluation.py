@@ -13,7 +13,6 @@ from fastcore.xtras import is_listy
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 
-from .core import encoder_of as _encoder
 from .features import *
 from .online import *
 from .probes import *

@@ -21,8 +21,9 @@ from fastai.distributed import DistributedDL
 from fastai.learner import Learner
 from fastai.torch_core import no_random
 
-from .augmentations import NormalizeView, unit_float
 from .core import encoder_of, ssl_callback
+from .pixels import unit_float
+from .transforms import NormalizeView
 
 # %% ../nbs/50_features.ipynb #f38b8578
 def normalization_of(

@@ -26,12 +26,12 @@ from fastai.data.transforms import IntToFloatTensor
 from fastai.learner import Learner
 from fastai.torch_core import show_image, subplots
 
-from .augmentations import unit_float
 from .basics import warn_once
 from .core import ssl_callback
 from .dist import unwrapped
 from .features import extract_features, in_order, normalization_of
 from .methods import method_of, ssl_methods
+from .pixels import unit_float
 
 # %% ../nbs/61_pictures.ipynb #32c14540
 def _loader(learn, dl):

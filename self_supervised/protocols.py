@@ -23,11 +23,12 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from fastai.torch_core import no_random
 
-from .augmentations import RandomCropResize, RandomFlip, ViewPipeline
 from .core import encoder_of
 from .features import extract_features, first_batch, in_order, n_items, normalization_of, without_normalization
-from .layers import model_splitter
+from .heads import model_splitter
 from .probes import Result, check_labels, count_classes, labelled_loaders, result_of, sample_per_class, top_hits
+from .transforms import RandomCropResize, RandomFlip
+from .views import ViewPipeline
 
 # %% ../nbs/52_protocols.ipynb #814e45ad
 def _labels(dl):

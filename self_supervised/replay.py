@@ -11,7 +11,7 @@ from fastai.distributed import DistributedDL
 from fastai.vision.augment import RandTransform
 import torch
 
-from .state import rng_states, set_rng_states
+from .basics import set_rng_states
 
 # %% ../nbs/64_replay.ipynb #f95b810c
 def _all_steps(dl):

@@ -2,11 +2,13 @@
 import os
 os.environ.setdefault('MPLBACKEND', 'Agg')
 
-import shutil, subprocess
+import inspect, shutil, subprocess
 from pathlib import Path
 
 import pytest, torch
 from fastai.torch_core import set_seed
+
+import processes # noqa: F401 (here, so that the workers of pytest-xdist share its parent)
 
 torch.set_num_threads(1)
 root = Path(__file__).resolve().parent.parent
@@ -34,3 +36,28 @@ def copy(tmp_path, files):
 
 @pytest.fixture(autouse=True)
 def seed(): set_seed(42)
+
+# ---- which tests start processes: it is seen in their code, in that of their fixtures, and in what these call in tests/
+
+def _codes(code): return [code, *(o for c in code.co_consts if inspect.iscode(c) for o in _codes(c))]
+def _is_ours(o): return (inspect.isfunction(o) or inspect.isclass(o)) and Path(inspect.getsourcefile(o) or '').parent==Path(__file__).parent and o.__module__!='conftest'
+
+def _starts(f, seen):
+    "Does the function or class `f` of a test file, or one that it names, use `subprocess`, `multiprocessing` or `processes`?"
+    if f in seen: return False
+    seen.add(f)
+    if inspect.isclass(f): return any(_starts(o, seen) for o in vars(f).values() if inspect.isfunction(o))
+    named = [f.__globals__.get(nm) for nm in {n for c in _codes(f.__code__) for n in c.co_names}]
+    homes = {o.__name__ if inspect.ismodule(o) else getattr(o, '__module__', None) for o in named}
+    return bool(homes & {'subprocess', 'multiprocessing', 'torch.multiprocessing', 'processes'}) or any(_starts(o, seen) for o in named if _is_ours(o))
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "Mark what starts processes or a browser; files with most of what takes long come first, so that none of them is left for the end when two workers share the files"
+    known,weight = {},{}
+    for o in items:
+        fs = [o.function, *(ds[-1].func for ds in o._fixtureinfo.name2fixturedefs.values()), *getattr(getattr(o, 'callspec', None), 'params', {}).values()]
+        if any(known.setdefault(f, _starts(f, set())) for f in fs if inspect.isfunction(f) and _is_ours(f)): o.add_marker('process')
+        if 'browser' in o.fixturenames: o.add_marker('browser')
+        weight[o.path] = weight.get(o.path, 0) + (100 if any(map(o.get_closest_marker, ('process', 'browser', 'slow'))) else 1)
+    items.sort(key=lambda o: (-weight[o.path], o.path))

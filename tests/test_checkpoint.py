@@ -24,7 +24,8 @@ from self_supervised.layers import checkpoint_encoder, create_encoder, create_ti
 from self_supervised.queue import FeatureQueue
 from self_supervised.replay import batches_after
 from self_supervised.run_settings import run_settings
-from self_supervised.state import load_model, rng_states, state_of
+from self_supervised.basics import rng_states
+from self_supervised.state import load_model, state_of
 from self_supervised.vision.swav import SWAV
 from self_supervised.watcher import Watcher
 
@@ -598,7 +599,9 @@ def test_wrappers(tmp_path):
     names = list(Own().state_dict())
     compiled,inner,synced = torch.compile(Own()),Own(),nn.SyncBatchNorm.convert_sync_batchnorm(Own())
     inner.body = torch.compile(inner.body)
-    for enc in (compiled, inner, synced):
+    both = torch.compile(Own())
+    both._orig_mod.body = torch.compile(both._orig_mod.body)
+    for enc in (compiled, inner, both, synced):
         f = exported(tmp_path, enc)
         assert encoder_info(f)['order']==names
         assert equal(load_encoder(f, Own()), enc)

@@ -80,7 +80,7 @@ class Toy(SSLCallback):
         self.mom,self.weight = mom,weight
 
     def targets(self, views): return torch.stack([self.ssl_model.teacher(o) for o in views[:2]])
-    def schedules(self): return dict(mom=lambda share: 1-(1-self.mom)*(1+math.cos(math.pi*share))/2)
+    def schedules(self): return {'mom': lambda share: 1-(1-self.mom)*(1+math.cos(math.pi*share))/2, 'opt.wd': lambda share: .01+.03*share}
     def lf(self, pred): return toy_loss(pred.unflatten(0, (len(self.views),-1)), self.target, self.learn.yb[0] if self.learn.yb[0].ndim==1 else torch.zeros(len(self.views[0])), self.weight)
     def remedies(self, state): return state.change(mom=.99) + state.add_bn + super().remedies(state)
 
@@ -187,8 +187,9 @@ def test_targets():
 class Steps(Callback):
     "Teacher, student and momentum before and after each batch"
     order = 90
-    def before_fit(self): self.seen,self.count = [],0
+    def before_fit(self): self.seen,self.wds,self.count = [],[],0
     def before_batch(self): self.before = teacher(self.learn)
+    def before_step(self): self.wds.append(self.opt.hypers[0]['wd'])
     def after_step(self): self.count += 1
     def after_batch(self):
         if self.training: self.seen.append((self.before, teacher(self.learn), student(self.learn), self.learn.toy.now['mom'], self.count))
@@ -207,6 +208,7 @@ def test_teacher():
     check_moves(learn.steps.seen, range(1, 11))
     moms = [o[3] for o in learn.steps.seen]
     assert moms==[pytest.approx(1-.1*(1+math.cos(math.pi*i/10))/2) for i in range(10)]
+    assert learn.steps.wds==[pytest.approx(.01+.003*i) for i in range(10)] # what is called opt.… is the optimizer's
 
 def test_gradient_accumulation():
     "Two batches a step: teacher and schedule move with the optimizer"

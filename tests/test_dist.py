@@ -1,12 +1,9 @@
 "Two and three processes (gloo, CPU) give what one gives on the joined batch"
-import os
 from contextlib import redirect_stdout
-from functools import partial
+from functools import lru_cache, partial
 from io import StringIO
 
 import pytest, torch
-import torch.distributed as tdist
-import torch.multiprocessing as mp
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import LRFinder # noqa: F401 (patches lr_find into Learner)
@@ -24,22 +21,9 @@ from self_supervised.vision.simclr import DistributedSimCLR, SimCLR, nt_xent_los
 from self_supervised.vision.swav import SWAV, create_swav_model, get_swav_aug_pipelines
 
 from methods import callback, methods, model, taken
+from processes import on_ranks
 
 pytestmark = pytest.mark.slow
-mp.set_forkserver_preload(['self_supervised.all']) # imported once, not by each process
-
-def _worker(r, n, job, folder):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(n), MASTER_ADDR='localhost', MASTER_PORT='0') # as a launcher does
-    tdist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=r, world_size=n)
-    try: torch.save(job(folder), f'{folder}/{r}.pt')
-    finally: tdist.destroy_process_group()
-
-def on_ranks(job, folder, n):
-    "Results of `job(folder)` on each of `n` processes"
-    for o in ('meet', *(f'{r}.pt' for r in range(n))): (folder/o).unlink(missing_ok=True)
-    mp.start_processes(_worker, (n, job, folder), nprocs=n, start_method='forkserver')
-    return [torch.load(folder/f'{r}.pt') for r in range(n)]
 
 
 # The functions
@@ -168,23 +152,30 @@ def assert_same_steps(many, one):
     assert worst < 1e-5
     return worst
 
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    "n → the folder, and the results of every case on `n` ranks"
+    @lru_cache
+    def _get(n):
+        folder = tmp_path_factory.mktemp(f'ranks{n}')
+        return folder,on_ranks(training, folder, n)
+    return _get
+
 @pytest.mark.parametrize('n', [2, 3])
-def test_fit_equals_one_process(n, tmp_path, capsys):
-    for r,res in enumerate(on_ranks(training, tmp_path, n)):
-        for c in cases:
-            one = train(c, bs*n, tmp_path, order=joined(n))
-            assert len(one[0])==2*((n_images+n-1)//n+bs-1)//bs
-            worst = assert_same_steps(res[c], one)
-            if not r:
-                with capsys.disabled(): print(f'\n{c} on {n} ranks against one process: {len(one[0])} steps, largest relative difference {worst:.1e}', end='')
+def test_fit_equals_one_process(n, trained, tmp_path, capsys):
+    for c in cases:
+        one = train(c, bs*n, tmp_path, order=joined(n))
+        assert len(one[0])==2*((n_images+n-1)//n+bs-1)//bs
+        worst = max(assert_same_steps(res[c], one) for res in trained(n)[1])
+        with capsys.disabled(): print(f'\n{c} on {n} ranks against one process: {len(one[0])} steps, largest relative difference {worst:.1e}', end='')
 
 def go_on(folder): return train('queue', bs, folder, load='queue_2')
 
-def test_saved_on_two_loads_on_one_and_three(tmp_path):
-    on_ranks(training, tmp_path, 2)
-    assert learner('queue', pictures(), bs, tmp_path).load('queue_2').model.queue.feats.shape==(2,10,8)
-    res = on_ranks(go_on, tmp_path, 3)
-    one = train('queue', bs*3, tmp_path, load='queue_2', order=joined(3))
+def test_saved_on_two_loads_on_one_and_three(trained):
+    folder,_ = trained(2)
+    assert learner('queue', pictures(), bs, folder).load('queue_2').model.queue.feats.shape==(2,10,8)
+    res = on_ranks(go_on, folder, 3)
+    one = train('queue', bs*3, folder, load='queue_2', order=joined(3))
     for o in res: assert_same_steps(o, one)
 
 

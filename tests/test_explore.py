@@ -14,7 +14,7 @@ from self_supervised.data import open_image
 from self_supervised.explore import (boxes_picture, crop_areas, example_images, read_image, seeded_views, ssl_explore, view_changes, view_kinds,
                                      view_settings, views_call, views_picture, views_seconds)
 
-pytestmark = pytest.mark.slow # half a minute in all, most of it the browser
+in_browser = pytest.mark.slow
 methods = 'swav','simclr'
 
 def any_settings(method, r):
@@ -313,6 +313,7 @@ def same_views(page, ns):
                 if np.abs(a[4+j*(h+4):(j+1)*(h+4), 4+i*(w+4):(i+1)*(w+4), :3]-ref).max()>1: return False
     return True
 
+@in_browser
 def test_page(browser, server): # noqa: F811
     with new_page(browser, server.url, permissions=['clipboard-read','clipboard-write']) as page:
         ready(page)
@@ -346,14 +347,12 @@ def test_page(browser, server): # noqa: F811
         ready(page)
         assert 'get_deepcluster_aug_pipelines(jitter_s=1.4)' in code(page) and picture(page, 'Views, 2 × 160').shape[1]==2*164+4 # what has another default is left there
 
-def test_impossible_setting(browser, server): # noqa: F811
-    with new_page(browser, server.url) as page:
-        ready(page)
-        for k in ('num_crops[0]','num_crops[1]'): thumb(page, k).press('Home')
+        for k in ('num_crops[0]','num_crops[1]'): thumb(page, k).press('Home') # an impossible setting
         page.get_by_text('aug_pipelines is empty').wait_for()
         thumb(page, 'num_crops[0]').press('ArrowRight')
         ready(page)
 
+@in_browser
 def test_uploads(browser, server, tmp_path): # noqa: F811
     data = {'my photo.png':png(photo(300,200)), 'grey.jpg':png(photo(90,90,'L'), 'JPEG'), 'notes.png':b'a text', 'turned.svg':b'<svg/>'}
     for k,v in data.items(): (tmp_path/k).write_bytes(v)
@@ -384,6 +383,7 @@ def test_uploads(browser, server, tmp_path): # noqa: F811
         page.get_by_text('20 files: the first 16 are used').wait_for()
         assert 14<=ready(page).get_by_text('txt is not used').count()<=16 # the others are not looked at
 
+@in_browser
 @pytest.mark.parametrize('width,scheme', [(1400,'dark'), (390,'light')])
 def test_widths(browser, server, width, scheme): # noqa: F811
     with new_page(browser, server.url, width, color_scheme=scheme) as page:
@@ -392,6 +392,7 @@ def test_widths(browser, server, width, scheme): # noqa: F811
         assert page.evaluate('document.querySelector("[data-testid=stMain]").scrollWidth')<=width
         assert all(page.locator('img').evaluate_all('os => os.map(o => o.alt.length>10 && o.getBoundingClientRect().width<=innerWidth)'))
 
+@in_browser
 def test_stays_on_this_machine(server):
     p = psutil.Process(server.pid)
     listening = {o.laddr.ip for o in p.net_connections('inet') if o.status==psutil.CONN_LISTEN}

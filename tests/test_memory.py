@@ -20,7 +20,7 @@ from self_supervised.data import image_dls, no_loss, tensor_dls
 from self_supervised.memory import EpochIds, check_countable, fill_memory, refresh_memory
 from self_supervised.multicrop import multicrop
 from self_supervised.replay import batches_after, can_skip
-from self_supervised.state import rng_states
+from self_supervised.basics import rng_states
 from self_supervised.vision.deepcluster import DeepCluster, create_deepcluster_model
 
 from methods import quiet

@@ -8,6 +8,7 @@ from fastai.learner import Learner
 from PIL import Image
 
 from self_supervised import cli
+from self_supervised.cli_command import parse
 
 placeholder,labelled,n_images = 'path/to/images','path/to/labelled',64
 
@@ -21,7 +22,7 @@ def commands(text): return [l.removeprefix('$ ').strip() for lang,code in blocks
 commands_of_ours = cli.__all__
 
 def parses(nm, *words):
-    try: return bool(cli._parse(getattr(cli, nm), words))
+    try: return bool(parse(getattr(cli, nm), words))
     except SystemExit: return False
 
 def bad_commands(text, targets):
