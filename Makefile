@@ -26,7 +26,7 @@ help: ## list the targets
 demo: $(STAMP) ## pretrain on the embedded images, then print a table and write pictures
 	@$(PY) examples/demo.py
 
-test: lint sync notebooks pytest ## everything CI runs: lint, sync, notebooks, pytest
+test: lint notebooks pytest ## everything CI runs: lint, notebooks, pytest (which begins with what `make sync` runs)
 
 check: test ## the same as test
 

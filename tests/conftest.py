@@ -5,12 +5,10 @@ os.environ.setdefault('MPLBACKEND', 'Agg')
 import inspect, shutil, subprocess
 from pathlib import Path
 
-import pytest, torch
-from fastai.torch_core import set_seed
+import pytest
 
 import processes # noqa: F401 (here, so that the workers of pytest-xdist share its parent)
 
-torch.set_num_threads(1)
 root = Path(__file__).resolve().parent.parent
 _machinery = {'.git', '.venv', '__pycache__', '.ipynb_checkpoints', '.pytest_cache', '.ruff_cache', 'build', 'dist', 'demo'}
 
@@ -34,8 +32,15 @@ def copy(tmp_path, files):
         shutil.copy(root/f, tmp_path/'copy'/f)
     return tmp_path/'copy'
 
+@pytest.fixture(scope='session', autouse=True)
+def quiet_threads():
+    import torch # here, not above: pytest-xdist's first process, which runs no tests, need not wait for it
+    torch.set_num_threads(1)
+
 @pytest.fixture(autouse=True)
-def seed(): set_seed(42)
+def seed():
+    from fastai.torch_core import set_seed
+    set_seed(42)
 
 # ---- which tests start processes: it is seen in their code, in that of their fixtures, and in what these call in tests/
 

@@ -220,13 +220,20 @@ def test_documented(module):
     assert not res
 
 def test_all():
-    "`from self_supervised.all import *` brings every public name, none hidden by another module's; but for `modules`, whose `SimCLR` is another, and the commands of `cli` and `explore`"
-    ns = {}
+    "`from self_supervised.all import *` brings every public name, none hidden by another module's and none that hides one of fastai's; of rooms behind a face what the face hands on, and no commands"
+    from fastai.vision import all as fastai_all
+    ns,listed = {},re.findall(rf'^from {pkg}\.(\w+) import \*', (root/pkg/'all.py').read_text(), re.M)
     exec(f'from {pkg}.all import *', ns)
+    faces  = [root/pkg/f'{o}.py' for o in ('augmentations', 'layers', 'evaluation', 'diagnostics', 'checkpoint')]
+    behind = {base.split('.')[1] for f in faces for base,_ in imported(root, f) if base.startswith(f'{pkg}.')}
     for m in modules(root):
-        if m.stem in ('modules', 'cli', 'explore'): continue
+        if m.stem.split('_')[0] in ('cli', 'explore'): continue
+        if m.parent.name!='vision' and m.stem not in listed:
+            assert m.stem in behind, f'{m.stem} is neither in all.py nor behind a face'
+            continue
         mod = importlib.import_module(dotted(root, m))
         assert [n for n in mod.__all__ if ns.get(n, ns) is not getattr(mod, n)]==[], mod.__name__
+    assert [n for n,o in ns.items() if n[0]!='_' and getattr(fastai_all, n, o) is not o]==[]
 
 def test_undocumented_is_seen():
     def bare(a, b=1) -> int: return a

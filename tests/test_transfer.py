@@ -182,7 +182,7 @@ def test_wrong_arguments():
 
 # fastai's learners
 
-def dls(y, n_in=1): return DataLoaders.from_dsets(*[list(zip(torch.rand(8, n_in, 32, 32), y))]*2, bs=4, device='cpu')
+def dls(y, n_in=1): return DataLoaders.from_dsets(*[list(zip(torch.rand(8, n_in, 32, 32), y))]*2, bs=4, num_workers=0, device='cpu')
 def classes(n_in=1): return dls(torch.arange(8)%3, n_in)
 def masks(n_in=1): return dls((torch.rand(8,32,32)>.5).long(), n_in)
 
