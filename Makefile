@@ -31,7 +31,7 @@ test: lint notebooks pytest ## everything CI runs: lint, notebooks, pytest (whic
 check: test ## the same as test
 
 test-fast: $(STAMP) ## the tests without a browser, other processes and notebooks: at most three minutes, for in between
-	$(PYTEST) -m 'not kill and not process and not browser'
+	$(PYTEST) -m 'not kill and not process and not browser and not notebook'
 
 lint: $(STAMP) ## ruff, for errors only
 	$(PY) -m ruff check .

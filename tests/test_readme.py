@@ -59,6 +59,7 @@ def test_languages(readme):
     assert readme.count('```')==2*len(blocks(readme))
 
 @pytest.mark.slow
+@pytest.mark.notebook
 def test_python(readme, tmp_path, monkeypatch):
     codes = [code for lang,code in blocks(readme) if lang=='python']
     assert codes and any(placeholder in c for c in codes), 'the README shows no Python for a folder of images'
