@@ -9,6 +9,7 @@ from self_supervised import vision as _vision
 from self_supervised.dist import *
 from self_supervised.methods import *
 from self_supervised.basics import *
+from self_supervised.ranges import *
 from self_supervised.pipelines import *
 from self_supervised.core import *
 from self_supervised.watcher import *

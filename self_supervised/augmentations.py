@@ -11,6 +11,7 @@ __all__ = ['get_batch_augs', 'get_torchvision_batch_augs', 'get_kornia_batch_aug
 
 # %% ../nbs/15_augmentations.ipynb #5ce552e7
 import inspect
+from functools import wraps
 
 from fastcore.basics import AttrDict
 from fastcore.meta import delegates
@@ -65,41 +66,57 @@ def get_batch_augs(
     return _pipeline(tfms, stats, cuda, xtra_tfms)
 
 # %% ../nbs/15_augmentations.ipynb #c92e8259
-def _augs_args(size, args, kwargs):
+def _in_order(names):
+    "Have a builder take its arguments by position too: first those called `names`, as in the older package, then the others"
+    def _order(f):
+        sig = inspect.signature(f)
+        ps  = {k:p.replace(kind=p.POSITIONAL_OR_KEYWORD) for k,p in sig.parameters.items()}
+        sig = sig.replace(parameters=[ps.pop(o) for o in names.split()] + list(ps.values()))
+        @wraps(f)
+        def _f(*args, **kwargs): return f(**sig.bind(*args, **kwargs).arguments)
+        _f.__signature__ = sig
+        return _f
+    return _order
+
+def _augs_args(size, kwargs):
     "The arguments of `get_batch_augs` with its defaults filled in"
-    a = inspect.signature(get_batch_augs).bind(size, *args, **kwargs)
+    a = inspect.signature(get_batch_augs).bind(size, **kwargs)
     a.apply_defaults()
     get_batch_augs(**a.arguments) # refuses wrong values, in the same words for every builder
     return AttrDict(a.arguments, size=check_size(size))
 
+@_in_order('size rotate jitter bw blur resize_scale resize_ratio rotate_deg jitter_s blur_s flip_p bw_p blur_p stats cuda xtra_tfms')
 @delegates(get_batch_augs)
 def get_torchvision_batch_augs(
     size:int|tuple, # of the view: pixels of the side, or (h,w)
-    *args, # as in `get_batch_augs`
     **kwargs # as in `get_batch_augs`
 ) -> Pipeline: # images → view
     "The same views through torchvision, image by image: the reference, and slow"
-    a = _augs_args(size, args, kwargs)
+    a = _augs_args(size, kwargs)
     return _pipeline(torchvision_steps(a), a.stats, a.cuda, a.xtra_tfms)
 
+@_in_order('size rotate jitter bw blur resize_scale resize_ratio rotate_deg jitter_s blur_s same_on_batch flip_p jitter_p bw_p blur_p stats cuda xtra_tfms')
 @delegates(get_batch_augs)
 def get_kornia_batch_augs(
     size:int|tuple, # of the view: pixels of the side, or (h,w)
-    *args, # as in `get_batch_augs`
     **kwargs # as in `get_batch_augs`
 ) -> Pipeline: # images → view
     "The same views through kornia; its crops are not antialiased"
-    a = _augs_args(size, args, kwargs)
+    a = _augs_args(size, kwargs)
     return _pipeline(kornia_steps(a), a.stats, a.cuda, a.xtra_tfms)
 
+@_in_order('size rotate jitter bw blur min_scale resize_ratio max_lighting rotate_deg blur_s same_on_batch flip_p jitter_p bw_p blur_p stats cuda xtra_tfms')
 @delegates(get_batch_augs)
 def get_fastai_batch_augs(
     size:int|tuple, # of the view: pixels of the side, or (h,w)
-    *args, # as in `get_batch_augs`
+    min_scale:float=None, # smallest area of the crop, the largest being the whole image: in place of `resize_scale`
+    max_lighting:float=None, # largest change of brightness, contrast and saturation, and half of it that of hue: in place of `jitter_s`, where it is 0.4·jitter_s
     **kwargs # as in `get_batch_augs`
 ) -> Pipeline: # images → view
     "Views through fastai's batch transforms, whose lighting changes are logistic and not linear"
-    a = _augs_args(size, args, kwargs)
+    if min_scale    is not None: kwargs['resize_scale'] = (min_scale,1.)
+    if max_lighting is not None: kwargs['jitter_s']     = max_lighting/.4
+    a = _augs_args(size, kwargs)
     return _pipeline(fastai_steps(a), a.stats, a.cuda, a.xtra_tfms)
 
 # %% ../nbs/15_augmentations.ipynb #553eae4f

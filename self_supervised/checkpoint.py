@@ -17,17 +17,19 @@ import torch.distributed as tdist
 from fastcore.basics import first, patch
 from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException
-from fastai.learner import Learner
+from fastai.learner import Learner, Recorder
 from fastai.optimizer import Optimizer
-from fastai.torch_core import get_model, to_device
+from fastai.torch_core import apply, num_distrib
+from torch import Tensor
 
 from . import __version__
-from .basics import rng_states, set_rng_states
-from .dist import rank, world_size
+from .basics import rng_states, set_rng_states, warn_once
+from .core import encoder_of
+from .dist import rank, unwrapped, world_size
 from .export import *
 from .replay import batches_after
-from .run_settings import check_settings, run_settings
-from .state import load_model, named_callbacks, plain, read_checked, set_state, state_of, write_atomic
+from .run_settings import allow_in_python, check_settings, data_settings, run_settings
+from .state import load_model, named_callbacks, plain, read_checked, restored, set_state, state_of, write_atomic
 
 # %% ../nbs/65_checkpoint.ipynb #02922ff4
 _all_ = ['write_atomic', 'read_checked', 'encoder_info', 'load_encoder']
@@ -37,6 +39,7 @@ class Checkpoint(Callback):
     "Save everything that decides the future of a run, so that `learn.resume` goes on exactly"
     order,is_setting = 100,False # after everybody
     stopped = None # name of the signal that ended the fit
+    allow = staticmethod(allow_in_python) # how a refusal says what may be done about it
     def __init__(self,
         folder:str|Path='checkpoints', # where the files go; one folder for one run, the same for all processes
         minutes:float|None=10, # save so many minutes after the last time
@@ -55,6 +58,11 @@ class Checkpoint(Callback):
         "The checkpoints in the folder"
         return L(sorted(self.folder.glob('fit*-step*.ckpt')))
 
+    @property
+    def last_saved(self) -> Path: # or None
+        "The newest checkpoint"
+        return self.files[-1] if self.files else None
+
 # %% ../nbs/65_checkpoint.ipynb #ca2f894d
 @patch
 def before_fit(self:Checkpoint):
@@ -63,13 +71,19 @@ def before_fit(self:Checkpoint):
     self.run,self.running = not hasattr(self.learn, 'lr_finder'),False
 
 @patch
+def _join(self:Checkpoint):
+    "Have a way to the other processes: on the CPU, so that nobody waits for a GPU"
+    if world_size()>1 and self._group is None: self._group = tdist.new_group(backend='gloo')
+
+@patch
 def _begin(self:Checkpoint):
     "The first steps of a fit are near"
     self.running,self.stopped,self._fits,self._last,self._end = True,None,self._fits+1,time.monotonic(),None
     self._settings = run_settings(self.learn)
     if self._fits==1 and self.files and not self._resumed: raise ValueError(
         f'{self.folder} holds the checkpoints of a run already ({self.files[-1].name}): go on with it by learn.resume() before the fit, or give this run another folder')
-    if world_size()>1: self._group = tdist.new_group(backend='gloo') # on the CPU: nobody waits for a GPU
+    self._join()
+    if why := creation_text(encoder_of(self.learn))[1]: warn_once(f'export_encoder will write the weights alone: {why}')
     if threading.current_thread() is threading.main_thread():
         self._old = {o:signal.signal(o, self._on_signal) for o in (signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGTERM))}
 
@@ -83,6 +97,13 @@ def _on_signal(self:Checkpoint, sig, frame):
 def _give_signals_back(self:Checkpoint):
     for o,handler in self._old.items(): signal.signal(o, handler)
     self._old = {}
+
+def _no_fit(learn, cb):
+    "In place of `learn._do_fit`, after a signal"
+    if cb not in learn.cbs or not cb.run:
+        if cb not in learn.cbs: del learn._do_fit
+        return Learner._do_fit(learn) # nobody is left to say when to go on; or `lr_find`
+    if not rank(): print(f'This fit does not start: {cb.stopped} has stopped the one before, and learn.resume() lets it go on')
 
 @patch
 def before_train(self:Checkpoint):
@@ -107,11 +128,12 @@ def after_batch(self:Checkpoint):
     if not self.running: return
     if self.training:
         self._at = self.epoch,self.iter+1
-        if self.iter+1==self.n_iter: self._end = self._passing() # validation moves the generators and may change callbacks
+        if self.iter+1==self.n_iter: self._end = apply(_copied, self._passing()) # validation moves the generators and may change callbacks
     due,stop = self._agree(self.minutes is not None and time.monotonic()-self._last > 60*self.minutes, self.stopped is not None)
     if self.training and (due or stop or (self.steps and self.train_iter%self.steps==0)) or (stop and self._end): self.save()
     if stop:
         self.stopped = self.stopped or 'a signal to another process'
+        self.learn._do_fit = partial(_no_fit, self.learn, self)
         if not rank(): print(f'Stopped by {self.stopped}. The same script goes on from {self.files[-1] if self.files else "the start"} with learn.resume()')
         raise CancelFitException
 
@@ -137,28 +159,51 @@ def _grads(model): return [p.grad if p.grad is None or p.grad.any() else 0 for p
 def _set_grads(model, grads):
     for p,g in zip(model.parameters(), grads): p.grad = None if g is None else torch.zeros_like(p) if isinstance(g, int) else g.to(p)
 
+def _device(model): return next(model.parameters()).device
+
+def _copied(o): return (o.clone() if o.is_cpu else o.cpu()) if isinstance(o, Tensor) else o
+
 @patch
 def _passing(self:Checkpoint):
     "What changes outside of training too"
-    cbs = {nm:plain(cb.state_dict()) if hasattr(type(cb), 'state_dict') else state_of(cb) for nm,cb in named_callbacks(self.learn.cbs) if cb is not self}
-    return dict(cbs=cbs, metrics=[state_of(o) for o in self.learn.metrics], rngs={'begin':self._rng_begin, 'now':rng_states(self.dls)})
+    dev = _device(self.learn.model)
+    cbs = {nm:plain(cb.state_dict(), dev) if hasattr(type(cb), 'state_dict') else state_of(cb, dev) for nm,cb in named_callbacks(self.learn.cbs) if cb is not self}
+    gpu = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    return dict(cbs=cbs, metrics=[state_of(o, dev) for o in self.learn.metrics], rngs={'begin':self._rng_begin, 'now':rng_states(self.dls), 'gpu':gpu})
 
 @patch
 def state(self:Checkpoint) -> dict: # tensors, numbers, strings, lists and dicts
     "Everything that decides the future; on several processes, of all of them"
-    learn,model = self.learn,get_model(self.learn.model)
+    learn,model = self.learn,unwrapped(self.learn.model)
     epoch,batch = self._at
     res = dict(version=__version__, settings=self._settings, fit=self._fits, epoch=epoch, batch=batch, train_iter=self.train_iter, pct_train=self.pct_train,
-               model=model.state_dict(), grads=_grads(model), opt=plain(learn.opt.state_dict()),
+               model=model.state_dict(), grads=_grads(model), opt=plain(learn.opt.state_dict(), _device(model)),
                scaler=learn.scaler.state_dict() if vars(learn).get('scaler') else None, **(self._end or self._passing()))
     mine = res['rngs']
     res['rngs'] = [mine]*world_size()
     if world_size()>1: tdist.all_gather_object(res['rngs'], mine, group=self._group)
     return res
 
+def _finite(o):
+    if isinstance(o, Tensor): return not o.is_floating_point() or bool(o.isfinite().all())
+    return all(map(_finite, o.values() if isinstance(o, dict) else o)) if isinstance(o, (dict,list,tuple)) else True
+
+@patch
+def _check_finite(self:Checkpoint):
+    "Raise, on all processes, if there is nothing left to save"
+    why = ''
+    try:
+        check_finite(unwrapped(self.learn.model), 'the run')
+        if not _finite(self.learn.opt.state_dict()): why = 'the run has diverged: the optimizer holds NaN or infinite values'
+    except FloatingPointError as e: why = str(e)
+    every = [why]*world_size()
+    if world_size()>1: tdist.all_gather_object(every, why, group=self._group)
+    if why := first(filter(None, every)): raise FloatingPointError(why + (f'. The last good checkpoint is {self.last_saved}' if self.files else ''))
+
 @patch
 def save(self:Checkpoint):
-    "Save now, and forget the oldest files"
+    "Save now, and forget the oldest files; a run that has diverged is not saved"
+    self._check_finite()
     state,self._last = self.state(),time.monotonic()
     if rank(): return
     self.folder.mkdir(parents=True, exist_ok=True)
@@ -186,9 +231,10 @@ def resume(self:Learner,
     "Let the next `fit` go on where the run of the `Checkpoint` callback was saved last"
     cb = first(o for o in self.cbs if isinstance(o, Checkpoint))
     if cb is None: raise ValueError('this Learner has no Checkpoint callback to say where the run is: pass cbs=[…, Checkpoint(folder)]')
-    if missing_ok and not cb.files: return
-    path,saved = cb.newest()
-    load_model(get_model(self.model), saved['model'], path)
+    vars(self).pop('_do_fit', None) # that of a fit that was stopped
+    path,saved = (None,None) if missing_ok and not cb.files else cb.newest()
+    if saved: load_model(unwrapped(self.model), saved['model'], path)
+    elif num_distrib()<2: return
     cb._saved,cb._fits,cb._resumed = saved,0,True
     self._do_fit = partial(_resumed_fit, self, cb, [override] if isinstance(override, str) else list(override), path)
     return path
@@ -197,18 +243,20 @@ def resume(self:Learner,
 def _resumed_fit(learn, cb, override, path):
     "In place of `learn._do_fit`, until the fit that was interrupted"
     if not cb.run: return Learner._do_fit(learn) # `lr_find`
-    if cb._fits+1 < cb._saved['fit']:
+    cb._join()
+    path  = cb._take_file_of_first(path)
+    saved = cb._saved
+    if saved and cb._fits+1 < saved['fit']:
         cb._fits += 1
         return
     del learn._do_fit
+    if saved is None: return Learner._do_fit(learn)
     cb._begin()
-    saved = cb._saved
-    if world_size()>1:
-        names = [None]*world_size()
-        tdist.all_gather_object(names, path.name, group=cb._group)
-        if len(set(names))>1: raise ValueError(f'the processes found different checkpoints ({", ".join(sorted(set(names)))}): all of them must see the same folder')
-    check_settings(saved['settings'], cb._settings, override, path)
-    if not rank(): print(f'Going on from {path}: epoch {saved["epoch"]}, batch {saved["batch"]}')
+    check_settings(saved['settings'], cb._settings, override, path, cb.allow)
+    if 'data' in override and 0 < saved['batch'] < saved['settings']['batches']: # the place in an epoch of other images
+        if not rank(): print(f'The images are others, so epoch {saved["epoch"]} begins anew')
+        saved['train_iter'],saved['batch'] = saved['train_iter']-saved['batch'],0
+    if not rank(): print(f'Going on from {path}: epoch {saved["epoch"]}, batch {saved["batch"]}' + (', where it ended' if saved['epoch']>=learn.n_epoch else ''))
     if saved['batch']: learn.all_batches = partial(_rest_of_epoch, learn, cb, override)
     else: cb._restore(override)
     if bar := getattr(vars(learn).get('progress'), 'mbar', None):
@@ -216,11 +264,27 @@ def _resumed_fit(learn, cb, override, path):
         bar.main_bar.first_its = learn.n_epoch # the epochs that are not run here would make it wait for long
     for learn.epoch in range(saved['epoch'], learn.n_epoch): learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
 
+@patch
+def _take_file_of_first(self:Checkpoint, path):
+    "The checkpoint that the first process has found is that of all: its path, or None if there is none"
+    if world_size()==1: return path
+    found,why = [path and path.name],''
+    tdist.broadcast_object_list(found, 0, group=self._group)
+    if found[0]!=(path and path.name):
+        path = found[0] and self.folder/found[0]
+        try: self._saved = path and read_checked(path)
+        except (OSError,ValueError) as e: why = f'process {rank()} cannot read the checkpoint that the first one goes on from ({e}): give all processes the same folder'
+    every = [None]*world_size()
+    tdist.all_gather_object(every, why, group=self._group)
+    if why := first(filter(None, every)): raise ValueError(why)
+    return path
+
 def _rest_of_epoch(learn, cb, override):
     "In place of `learn.all_batches`, for the epoch that was interrupted"
     del learn.all_batches
     saved,dl = cb._saved,learn.dl
     learn.n_iter,n,rngs = len(dl),saved['batch'],cb._own_rngs()
+    if 'data' in override: n = learn.n_iter # the epoch is over but for its validation, however many batches it has now
     cb._restore(override)
     cb._at,cb._rng_begin = (learn.epoch,n),rngs['begin']
     if n<learn.n_iter:
@@ -228,31 +292,38 @@ def _rest_of_epoch(learn, cb, override):
             for o in enumerate(rest, n): learn.one_batch(*o)
     else: cb._end = cb._passing()
 
+def _gpu_states(states, gpu, own, n):
+    "Of the saved generators one for each of `n` GPUs; `own`, that of this process, gets that of `gpu`, which it had then"
+    return [states[gpu if i==own else min(i, len(states)-1)] for i in range(n)] if states else []
+
 @patch
 def _own_rngs(self:Checkpoint):
     "The generators of this process; where the number of processes has grown, some share"
-    return self._saved['rngs'][rank()%len(self._saved['rngs'])]
+    rngs = dict(self._saved['rngs'][rank()%len(self._saved['rngs'])])
+    n,gpu = torch.cuda.device_count(),rngs.pop('gpu', 0)
+    return {k:{**o, 'torch_cuda_state':_gpu_states(o['torch_cuda_state'], gpu, torch.cuda.current_device() if n else 0, n)} for k,o in rngs.items()}
 
 @patch
 def _restore(self:Checkpoint, override):
     "Put everything to where it was"
-    learn,saved,model = self.learn,self._saved,get_model(self.learn.model)
-    dev = next(model.parameters()).device
-    if not override: model.load_state_dict(saved['model']) # again: some callback may have changed it
+    learn,saved,model = self.learn,self._saved,unwrapped(self.learn.model)
+    dev = _device(model)
+    if set(override)<={*data_settings}: load_model(model, saved['model'], self.folder) # again: some callback may have changed it
     _set_grads(model, saved['grads'])
     if 'optimizer' not in override:
         hypers = [dict(h) for h in learn.opt.hypers]
-        learn.opt.load_state_dict(to_device(saved['opt'], dev) if isinstance(learn.opt, Optimizer) else saved['opt']) # PyTorch's own move what they want moved
+        learn.opt.load_state_dict(restored(saved['opt'], dev if isinstance(learn.opt, Optimizer) else 'cpu')) # PyTorch's own move what they want moved
         if 'hypers' in override:
             for k in hypers[0]: learn.opt.set_hyper(k, [h[k] for h in hypers])
     if saved['scaler'] and vars(learn).get('scaler'): learn.scaler.load_state_dict(saved['scaler'])
     learn.train_iter,learn.pct_train = saved['train_iter'],saved['pct_train']
-    if 'n_epoch' in override: learn.pct_train = (saved['epoch'] + saved['batch']/len(learn.dls.train))/learn.n_epoch
+    if {'n_epoch','data'} & set(override): learn.pct_train = (saved['epoch'] + saved['batch']/saved['settings']['batches'])/learn.n_epoch
     for nm,cb in named_callbacks(learn.cbs):
         if nm not in saved['cbs'] or cb is self: continue
-        s = to_device(saved['cbs'][nm], dev)
-        if hasattr(type(cb), 'load_state_dict'): cb.load_state_dict(s)
-        else: set_state(cb, {k:v for k,v in s.items() if f'{nm}.{k}' not in override and k!='start_epoch'}) # the recorder's clock is that of this process
-    for m,s in zip(learn.metrics, saved['metrics']): set_state(m, to_device(s, dev))
+        s,at = saved['cbs'][nm],'cpu' if isinstance(cb, Recorder) else dev # fastai keeps its numbers there, whatever the model is on
+        no   = (*(getattr(type(cb), 'per_image', ()) if 'data' in override else ()), 'start_epoch') # the recorder's clock is that of this process
+        if hasattr(type(cb), 'load_state_dict'): cb.load_state_dict(restored(s, at))
+        else: set_state(cb, {k:v for k,v in s.items() if f'{nm}.{k}' not in override and k not in no}, at)
+    for m,s in zip(learn.metrics, saved['metrics']): set_state(m, s, dev)
     set_rng_states(self.dls, self._own_rngs()['now'])
     self._saved = None

@@ -6,7 +6,7 @@
 __all__ = ['flags_file', 'ask_package', 'known', 'nearest', 'parse', 'command', 'image_folder', 'labelled_folders']
 
 # %% ../nbs/70_cli_command.ipynb #7c12a5de
-import argparse, difflib, inspect, json, mimetypes, os, sys, warnings
+import argparse, difflib, inspect, json, mimetypes, os, re, sys, warnings
 from functools import partial, wraps
 from importlib.resources import files
 from pathlib import Path
@@ -90,9 +90,10 @@ def command(
         warnings.filterwarnings('ignore', category=FutureWarning) # of libraries that import torch.jit
         os.environ.setdefault('MPLBACKEND', 'Agg')
         try: res = f(**parse(f, sys.argv[1:]))
-        except (ValueError, TypeError, ImportError) as e:
+        except (ValueError, TypeError, ImportError, FloatingPointError) as e:
             if not inspect.trace()[-1].frame.f_globals.get('__name__', '').startswith('self_supervised'): raise
-            sys.exit(f'{f.__name__}: {e}')
+            said = re.sub(r'^Exception occured in .*:\s+', '', str(e)) # fastai puts it before an error of a callback
+            sys.exit(f'{f.__name__}: {said}')
         return res if isinstance(res, int) else None
     return _f
 

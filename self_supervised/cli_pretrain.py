@@ -20,15 +20,56 @@ from .cli_judge import cut_sizes, labelled_dls
 # %% ../nbs/72_cli_pretrain.ipynb #299ca0ff
 def _again(argv): return shlex.join([Path(argv[0]).name, *argv[1:]])
 
-def _check_same(out, now):
+def _write(path, text):
+    "Put `text` into `path`, at once"
+    part = path.with_name(f'{path.name}.part')
+    part.write_text(text, encoding='utf-8', errors='surrogateescape')
+    part.replace(path)
+
+def _saved(out): return any(out.glob('checkpoints/*.ckpt'))
+
+def _said(out):
+    "What settings.json of a run says; {} if there is none"
+    try: said = json.loads((out/'settings.json').read_text(encoding='utf-8'))
+    except (OSError,ValueError): return {}
+    return said if isinstance(said, dict) and {'recipe','run','settings'}<=set(said) else {}
+
+def _check_out(out):
+    "Refuse a folder in which something would be overwritten"
+    if out.exists() and not out.is_dir(): raise ValueError(f'--out {out} is a file: give a folder')
+    if not out.exists() or _saved(out): return
+    if (out/'encoder.safetensors').exists(): raise ValueError(
+        f'{out} holds an encoder, and no checkpoints to go on from: a new run would overwrite it. Give another --out, or move encoder.safetensors elsewhere')
+    if not _said(out) and (held := sorted(o.name for o in out.iterdir() if o.name[0]!='.')): raise ValueError(
+        f'--out {out} holds {", ".join(held[:3])}{" …" if held[3:] else ""} and no run of this command: files there might be overwritten. Give an empty folder, or a new one')
+
+def _check_same(out, now, override=()):
     "Refuse to go on with a run that was made with other settings"
-    if not any(out.glob('checkpoints/*.ckpt')): return
-    if not (out/'settings.json').exists(): raise ValueError(f'{out} holds checkpoints, but not of this command (there is no settings.json): give another --out')
-    said = json.loads((out/'settings.json').read_text())
-    old  = {'recipe':said['recipe'], **said['run'], **said['settings']}
-    now  = json.loads(json.dumps(now, default=str))
-    if bad := [f'{k}: {old[k]} → {v}' for k,v in now.items() if k in old and old[k]!=v] + [f'{k}: not set → {v}' for k,v in now.items() if k not in old and v is not None]: raise ValueError(
-        f'{out} holds a run with other settings (run → now): {"; ".join(bad)}. Give this run another --out, or go on with the old one with its settings, which are in {out}/settings.json')
+    if not _saved(out): return
+    if not (said := _said(out)): raise ValueError(f'{out} holds checkpoints, but not of this command (there is no settings.json): give another --out')
+    old = {'recipe':said['recipe'], **said['run'], **said['settings']}
+    now = json.loads(json.dumps(now, default=str))
+    bad = {k:f'{k}: {old[k]} → {v}' for k,v in now.items() if k in old and old[k]!=v} | {k:f'{k}: not set → {v}' for k,v in now.items() if k not in old and v is not None}
+    if bad := {k:v for k,v in bad.items() if k not in override}: raise ValueError(
+        f'{out} holds a run with other settings (run → now): {"; ".join(bad.values())}. Give this run another --out, or go on with the old one with its settings, which are in {out}/settings.json; '
+        f'or with these, if you know that they fit: --override {" ".join([*override, *bad])}')
+
+# %% ../nbs/72_cli_pretrain.ipynb #84b9b032
+def _list(source, out, override, main):
+    "The images of the run in `out`, or all that there are if it begins now; and their names below `source`"
+    from self_supervised.data import list_images
+    inside = out.resolve().is_relative_to(source.resolve()) and source/out.resolve().relative_to(source.resolve())
+    fns    = [o for o in list_images(source) if not inside or not o.is_relative_to(inside)]
+    if not fns: raise ValueError(f'no image in {source} but those of the run itself, in {out}')
+    have   = {str(o).removeprefix(f'{source}{os.sep}'):o for o in fns}
+    listed = out/'images.txt'
+    if not _saved(out) or 'data' in override or not listed.exists(): return fns,list(have)
+    names  = listed.read_text(encoding='utf-8', errors='surrogateescape').removesuffix('\n').split('\n')
+    if gone := [o for o in names if o not in have]: raise ValueError(
+        f'{len(gone)} of the {len(names)} images of the run in {out} are not in {source}: {", ".join(gone[:3])}{" …" if gone[3:] else ""}. Bring them back, give this run another --out, '
+        'or go on with the images that are there: --override data (a run that was saved within an epoch begins that epoch anew)')
+    if main and len(have)>len(names): print(f'{len(have)-len(names)} images have come to {source} since this run began. They are left out; --override data takes them in')
+    return [have[o] for o in names],names
 
 # %% ../nbs/72_cli_pretrain.ipynb #0556559b
 def _history(cb):
@@ -129,38 +170,43 @@ def ssl_pretrain(
     minutes:float=10, # save the run so many minutes after the last time
     timeout:int=600, # seconds after which processes that wait for a dead one give up
     resume:bool=False, # refuse to begin: there must be a run to go on with (which it does without this flag too)
+    override:Annotated[str, {'nargs':'+'}]=None, # go on though these settings are others than those of the run, as the refusal names them; `data`: with the images that are there now
     tensorboard:bool=False, # write numbers for TensorBoard to out/tensorboard
     wandb:str=None, # send numbers to this project of Weights & Biases
     suggest:bool=False, # print which settings would fit these images and this machine, and why, and end
     **settings # of the recipe
 ): # exit code
     "Pretrain an encoder on a folder of images. --bs is the batch of ALL processes together (the official code's --batch_size is that of each GPU)"
-    source,out,names = image_folder(source),Path(out).expanduser(),list(known()['recipes'])
+    source,out,names,override = image_folder(source),Path(out).expanduser(),list(known()['recipes']),list(override or ())
     if recipe not in names: raise ValueError(f'--recipe {recipe} is unknown: {nearest(recipe, names)}')
     if labelled: labelled_folders(labelled)
-    if out.exists() and not out.is_dir(): raise ValueError(f'--out {out} is a file: give a folder')
-    if resume and not any(out.glob('checkpoints/*.ckpt')): raise ValueError(f'--resume: there is no run in {out} to go on with; without --resume one begins')
+    n_procs,main = int(os.environ.get('WORLD_SIZE', 1)),not int(os.environ.get('RANK', 0))
+    if main and not suggest: _check_out(out)
+    for k,v in dict(resume=resume, override=override).items():
+        if v and not _saved(out): raise ValueError(f'--{k}: there is no run in {out} to go on with; without --{k} one begins')
     for k,v in dict(tensorboard=tensorboard, wandb=wandb).items():
         if v and not find_spec(k): raise ValueError(f"--{k} needs {k}, which is not installed: pip install 'self_supervised[log]'")
-    n_procs,main = int(os.environ.get('WORLD_SIZE', 1)),not int(os.environ.get('RANK', 0))
     run = dict(n_in=n_in, load_size=load_size, checkpointing=checkpointing, seed=seed, labelled=bool(labelled), processes=n_procs)
-    _check_same(out, dict(recipe=recipe, **run, **settings))
+    _check_same(out, dict(recipe=recipe, **run, **settings), override)
 
     from accelerate import InitProcessGroupKwargs
     from fastai.distributed import teardown_distrib
     from fastai.vision.all import set_seed, torch
     from fastprogress import fastprogress
     from self_supervised.checkpoint import Checkpoint
+    from self_supervised.core import ssl_callback
     from self_supervised.watcher import Watcher
-    from self_supervised.data import image_dls, list_images
+    from self_supervised.data import image_dls
     from self_supervised.export import git_commit
     from self_supervised.grad_checkpoint import checkpoint_encoder
     from self_supervised.monitor import CollapseMonitor
     from self_supervised.online import OnlineKNN
     from self_supervised.recipes import get_recipe
 
-    r,fns = get_recipe(recipe, **settings),list_images(source)
-    _check_same(out, dict(recipe=recipe, **run, **r.settings))
+    r = get_recipe(recipe, **settings)
+    mine = dict(recipe=recipe, **run, **r.settings)
+    _check_same(out, mine, override)
+    fns,listed = _list(source, out, override, main)
     if suggest: return _suggest(r, fns, n_in)
     if r.bs%n_procs: raise ValueError(f'--bs {r.bs} is the batch of all {n_procs} processes together: give a multiple of {n_procs}')
     fastprogress.NO_BAR = not sys.stdout.isatty() # in a file the table is enough
@@ -170,24 +216,37 @@ def ssl_pretrain(
     dls  = image_dls(fns, size=load_size or tuple(o*8//7 for o in crop), bs=r.bs//n_procs, n_in=n_in, num_workers=workers, seed=seed)
     encoder = r.create_encoder(n_in)
     if checkpointing: encoder = checkpoint_encoder(encoder)
-    checkpoint,table = Checkpoint(out/'checkpoints', minutes=minutes),Watcher(after_epoch=_history)
+    checkpoint,notes = Checkpoint(out/'checkpoints', minutes=minutes),[]
+    checkpoint.allow = lambda names: f'--override {" ".join([*override, *names])} (or give this run another --out)'
+    table = Watcher(after_epoch=_history, before_train=lambda cb: [_write(*notes.pop()) for _ in notes[:]])
     table.order = 90 # after the recorder, before the checkpoint
     cbs = [CollapseMonitor(), checkpoint]
     if labelled: cbs.append(OnlineKNN(labelled_dls(labelled, *cut_sizes(crop), n_in, workers=workers), every=knn_every))
     if main:
         out.mkdir(parents=True, exist_ok=True)
-        said = dict(recipe=recipe, method=r.method, run=run, settings=r.settings, data=dict(source=str(source), images=len(fns), labelled=labelled), id=os.urandom(4).hex(),
+        data = dict(source=str(source), images=len(fns), labelled=labelled)
+        said = dict(recipe=recipe, method=r.method, run=run, settings=r.settings, data=data, id=os.urandom(4).hex(),
                     command=_again(sys.argv), versions={o:version(o) for o in ('self_supervised','torch','torchvision','fastai','timm')}, commit=git_commit())
-        if not checkpoint.files: (out/'settings.json').write_text(json.dumps(said, indent=1, default=str))
-        cbs += [table, *_loggers(out, tensorboard, wandb, json.loads((out/'settings.json').read_text()))]
+        if checkpoint.files: said = _said(out)|dict(data=data)
+        notes += [(out/'settings.json', json.dumps(said, indent=1, default=str)), (out/'images.txt', '\n'.join(listed)+'\n')]
+        if not checkpoint.files: [_write(*notes.pop()) for _ in notes[:]] # else when the fit goes on, and nobody has refused
+        cbs += [table, *_loggers(out, tensorboard, wandb, said)]
     learn = r.learner(dls, encoder, cbs=cbs, path=out)
-    learn.resume(missing_ok=True)
-    if main: _save_views(learn)
+    new,in_file = not checkpoint.files,checkpoint.newest()[1]['settings'] if override else ()
+    names = [o for o in override if o not in mine or o in in_file]
+    if 'data' in override: # what the recipe gives in epochs are other numbers of steps then
+        cb = ssl_callback(learn)
+        names += [o for o in (f'{cb.name}.{arg}' for arg,_,_ in cb.epoch_settings.values()) if o in in_file]
+    learn.resume(names, missing_ok=True)
+    if main and new: _save_views(learn)
     with _listening(checkpoint):
-        with learn.distrib_ctx(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))]): r.fit(learn)
+        try:
+            with learn.distrib_ctx(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))]): r.fit(learn)
+        except FloatingPointError as e: raise FloatingPointError(f'{e}. Here: --lr with a smaller value, --warmup-epochs with a larger one, --precision fp32' +
+            (', and, to go on from that checkpoint, --override lr param_scheduler.lr' if checkpoint.files else '')) from e
         if main and checkpoint.stopped: print(f'To go on, give the same command again: {_again(sys.argv)}')
     if main and not checkpoint.stopped:
-        _save_curves(learn)
         print(f'The encoder is in {learn.export_encoder(out/"encoder.safetensors")}, for ssl_knn, ssl_linear, ssl_semisup, ssl_export and load_encoder')
+        _save_curves(learn)
     teardown_distrib()
     return 130 if checkpoint.stopped=='Ctrl-C' and n_procs==1 else 0

@@ -6,13 +6,17 @@
 __all__ = ['SSLCallback', 'ssl_callback', 'encoder_of']
 
 # %% ../nbs/04_core.ipynb #e8d87b0d
+from functools import partial
+from math import isfinite
+
 import torch
 from torch import nn, Tensor
 from fastcore.basics import first, patch
 from fastcore.foundation import L
 from fastcore.xtras import is_listy
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException, GatherPredsCallback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation, bn_types
 from fastai.distributed import DistributedDL
@@ -20,10 +24,11 @@ from fastai.learner import AvgMetric, Learner
 from fastai.metrics import AccumMetric
 from fastai.torch_core import apply, num_distrib, rank_distrib, set_seed
 
-from .basics import rng_states, set_rng_states, warn_once
+from .basics import is_empty, loader_facts, rng_states, set_rng_states, warn_once
 from .dist import unwrapped
 from .methods import method_of
 from .pipelines import assert_aug_pipelines, make_views, show_views
+from .ranges import check_range, raw_batches, set_raw, usable_images
 
 # %% ../nbs/04_core.ipynb #a49dfc0e
 class SSLCallback(Callback):
@@ -116,35 +121,40 @@ def encoder_of(
 @patch
 def before_batch(self:SSLCallback):
     "Put the views of the images in their place"
-    x,first_batch = self.xb[0],not self.training or self.train_iter==0
-    if first_batch: self._check_batch(x)
-    # reading a value back from a GPU stalls it: there only the first batch is looked at
-    if x.is_floating_point() and (first_batch or x.device.type=='cpu') and not x.isfinite().all():
-        raise ValueError('the images hold NaN or infinite values: mend or drop those files, or keep images uint8 until the views are made')
-    x = x.as_subclass(Tensor)
+    self._check_finite()
+    x,first_batch = self.xb[0],(self.train_iter if self.training else getattr(self.learn, 'iter', 0))==0
+    if first_batch: self._check_batch(check_range(x))
+    x = usable_images(x).as_subclass(Tensor)
     self._move()
     self.views = make_views(self.aug_pipelines, x)
+    if first_batch and self.training: self._check_views(x)
     self.learn.xb = (self.inputs(self.views), *self.xb[1:])
     if not len(self.yb): self.learn.yb = (x,)
     self.order = float('inf') # in `after_pred` the last one, so that nobody can fail between the swap and the call
 
 @patch
 def _check_batch(self:SSLCallback, x):
-    if not isinstance(x, Tensor) or x.ndim!=4: raise ValueError(
-        f'a batch must hold images of shape (B,C,H,W), this one is {tuple(getattr(x, "shape", ())) or type(x).__name__}: '
-        'check the transforms of the DataLoaders (ToTensor makes tensors of PIL images)')
     if len(self.xb)!=self.n_inputs: raise ValueError(
         f'a batch has {len(self.xb)} inputs, and {type(self).__name__} takes {self.n_inputs}: tell the DataLoaders what is an input and what a label (n_inp={self.n_inputs}), or leave the others out')
     if self.needs_labels and not len(self.yb): raise ValueError(
         f'{type(self).__name__} learns from labels and this data has none: pass label_func to image_dls, (images, labels) to tensor_dls, or take a method without labels')
     conv = first(o for o in self.ssl_model.modules() if isinstance(o, nn.Conv2d))
     if conv and conv.in_channels!=x.shape[1]: _check_input(conv, x.shape[1])
-    if x.is_floating_point() and (x.min()<0 or x.max()>1): warn_once(
-        f'the images have values from {x.min():.1f} to {x.max():.1f}; view pipelines expect [0,1] (or uint8): leave Normalize out of the DataLoaders')
-    needy = [o.name for o in self.learn.metrics if isinstance(o, (AvgMetric, AccumMetric))]
-    if needy and not len(self.yb): raise ValueError(
-        f'metrics {", ".join(needy)}: they compare predictions with labels and this data has none. '
-        'Leave `metrics` out, and judge the encoder on labelled data with self_supervised.evaluation')
+    needy = [o.name for o in self.learn.metrics if isinstance(o, (AvgMetric,AccumMetric)) and (not len(self.yb) or _of_library(o.func))]
+    if needy: raise ValueError(
+        f'metrics {", ".join(needy)}: they compare one prediction an image with its label, and ' +
+        (f'{type(self).__name__} predicts {len(self.aug_pipelines)} views of each. ' if len(self.yb) else 'this data has no labels. ') +
+        'Leave `metrics` out, and judge the encoder with OnlineKNN while it trains, or with self_supervised.evaluation afterwards')
+
+def _of_library(f): return (getattr(f.func if isinstance(f, partial) else f, '__module__', None) or '').partition('.')[0] in ('fastai','sklearn','torch')
+
+@patch
+def _check_views(self:SSLCallback, x):
+    "Views that have more pixels than the images they are cut from are blown up, all of them"
+    small,sizes = tuple(x.shape[2:]),sorted({tuple(o.shape[2:]) for o in self.views if isinstance(o, Tensor) and o.ndim==4})
+    if over := [o for o in sizes if o[0]>small[0] or o[1]>small[1]]: warn_once(
+        f'the images have {small[0]}×{small[1]} pixels and views {over[-1][0]}×{over[-1][1]}: even a crop of the whole image is blown up, and nothing is gained by it. '
+        f'Load larger images, size={8*max(over[-1])//7} or more, or make smaller views')
 
 def _check_input(conv, c):
     "Wait for the next input of `conv`: something in front of it may turn `c` channels into what it takes"
@@ -186,7 +196,7 @@ def stepped(self:SSLCallback):
 def n_steps(self:SSLCallback) -> int: # at least 1
     "Steps of the optimizer in this fit, as far as can be known beforehand"
     acc,dl = first(o for o in self.learn.cbs if isinstance(o, GradientAccumulation)),self.dls.train
-    bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 1
+    bs = loader_facts(dl).bs or 1
     return max(1, getattr(self.learn, 'n_epoch', 1)*len(dl)//(-(-acc.n_acc//bs) if acc else 1))
 
 @patch
@@ -216,14 +226,21 @@ def after_step(self:SSLCallback):
 def before_fit(self:SSLCallback):
     "Refuse what cannot train; remember the random generators if this is `lr_find`; other processes, other views"
     self._give_back()
+    warn_once.cache_clear()
     m,of = self.ssl_model,method_of(self)
     if of and not isinstance(m, of.model): raise ValueError(
         f'the model is a {type(m).__name__}, and {type(self).__name__} trains a {of.model.__name__}: make it with {of.create_model.__name__}(encoder)')
-    (n,bs),ranks = (getattr(self.dls.train, o, None) or 0 for o in ('n','bs')),max(num_distrib(), 1)
+    dl,ranks = self.dls.train,max(num_distrib(), 1)
+    n,bs,drop_last = loader_facts(dl).values()
     if bs==1 and any(isinstance(o, bn_types) for o in self.learn.model.modules()): raise ValueError(
         'bs=1, and the model has batch norm, which needs several images: use bs=2 or more (or a model without batch norm)')
-    if n and n//ranks < bs and self.dls.train.drop_last: raise ValueError(
+    if n and bs and n//ranks < bs and drop_last: raise ValueError(
         f'{n} training images on {ranks} process(es) make no batch of bs={bs}, and nothing would be trained: use bs={max(n//ranks, 1)} or less, or drop_last=False')
+    if is_empty(dl): raise ValueError('dls.train gives no batch, so nothing would be trained: give it images')
+    if mixing := first(o for o in self.learn.cbs if isinstance(o, MixHandler)): raise ValueError(
+        f'{type(mixing).__name__} mixes the images of a batch, and {type(self).__name__} would learn that a mixture is an image of its own: leave it out while pretraining')
+    if bad := [f'{k}={v}' for h in getattr(self.opt, 'hypers', ()) for k,v in h.items() if isinstance(v, float) and not isfinite(v)]: raise ValueError(
+        f'{", ".join(bad)}: every step would make the weights NaN: give numbers')
     if ranks>1 and not torch.distributed.is_initialized(): raise ValueError(
         f'{ranks} processes were launched, and this Learner does not know of the others: fit inside `with learn.distrib_ctx():`')
     self._rng = rng_states(self.dls) if any(isinstance(o, LRFinder) for o in self.learn.cbs) else None
@@ -240,6 +257,44 @@ def after_cancel_batch(self:SSLCallback):
     "A batch that never came to its loss leaves nothing behind either"
     self._give_back()
 
+# %% ../nbs/04_core.ipynb #a64381bc
+@patch
+def _check_finite(self:SSLCallback):
+    "Is the last loss that was read a number?"
+    losses = getattr(getattr(self.learn, 'recorder', None), 'losses', None) if self.training else None
+    if losses and not isfinite(losses[-1]): self._diverged(f'the loss of step {len(losses)} is {float(losses[-1])}')
+
+@patch
+def _diverged(self:SSLCallback, what):
+    if any(isinstance(o, LRFinder) for o in self.learn.cbs): raise CancelFitException
+    saved = first(o.last_saved for o in self.learn.cbs if getattr(o, 'last_saved', None))
+    raise FloatingPointError(f'the run has diverged: {what}. A smaller learning rate is the first thing to try (it is {self.opt.hypers[-1]["lr"]:.3g} now), '
+        'then a longer warm-up, or full precision if this is half' + (f'. The last good checkpoint is {saved}' if saved else ''))
+
+@patch
+def before_train(self:SSLCallback):
+    "Views are cut from bytes, if the loader has them"
+    set_raw(self.dl)
+
+@patch
+def after_train(self:SSLCallback):
+    "The next epoch of this loader is for everybody; and has this one gone well?"
+    set_raw(self.dl, False)
+    self._check_finite()
+    if bad := [k for k,v in self.ssl_model.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]:
+        self._diverged(f'{bad[0]}{f" and {len(bad)-1} more" if bad[1:] else ""} of the model hold NaN or infinite values')
+
+@patch
+def before_validate(self:SSLCallback):
+    "Bytes here too; but no predictions, of which there would be one for each view"
+    if any(isinstance(o, GatherPredsCallback) for o in self.learn.cbs): raise ValueError(
+        f'get_preds, and predict, show_results, tta and Interpretation, which call it: with {type(self).__name__} attached there are {len(self.aug_pipelines)} predictions an image, one a view, '
+        f'and fastai would give them to other images. For features, one row an image and in order: extract_features(learn, dl); for a classifier: learn.remove_cb({type(self).__name__}), and a head on the encoder')
+    set_raw(self.dl)
+
+@patch
+def after_validate(self:SSLCallback): set_raw(self.dl, False)
+
 # %% ../nbs/04_core.ipynb #001086cb
 @patch
 def show(self:SSLCallback,
@@ -247,7 +302,9 @@ def show(self:SSLCallback,
     **kwargs, # passed to fastai's `subplots`, for example `figsize`
 ) -> L: # axes, one a picture, image by image
     "Draw all views of `n` images of the current batch (of a new one, if there is none)"
-    views = self.views or make_views(self.aug_pipelines, self.dls.one_batch()[0].as_subclass(Tensor))
+    if not (views := self.views):
+        with raw_batches(self.dls.train): x = self.dls.one_batch()[0]
+        views = make_views(self.aug_pipelines, check_range(x).as_subclass(Tensor))
     return show_views(self.aug_pipelines, views, n, **kwargs)
 
 # %% ../nbs/04_core.ipynb #2a1df4dd

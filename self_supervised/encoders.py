@@ -108,7 +108,7 @@ def create_timm_encoder(
     n_in:int=3, # channels of the images; pretrained weights are adapted
     pool_type:str=PoolingType.CatAvgMax, # a `PoolingType` or timm's name of one; where `CatAvgMax` does not fit, and for None, the model's own
     low_resolution:bool=False, # keep the full resolution in the stem, for small images
-    **kwargs # passed to `timm.create_model`: `drop_path_rate`, `patch_size`, `dynamic_img_pad`…
+    **kwargs # passed to `timm.create_model`: `drop_path_rate`, `patch_size`, `dynamic_img_pad`…; names and numbers (`act_layer='silu'`) can be written to a file with the encoder, classes and functions cannot
 ) -> nn.Module: # (B,n_in,H,W) images to (B,F) features
     "A timm model without its classifier"
     _check_n_in(n_in)
@@ -125,10 +125,10 @@ def create_timm_encoder(
     return encoder
 
 # %% ../nbs/20_encoders.ipynb #a81973d2
-def _wide_resnet50(width, in_chans=3, **kwargs):
-    "timm's ResNet-50 with all widths multiplied; timm's own stem would stay at 64"
+def _wide_resnet50(width, in_chans=3, zero_init_last=False, **kwargs):
+    "timm's ResNet-50 with all widths multiplied; timm's own stem would stay at 64, and its residual branches would begin at zero"
     n = 64*width
-    m = timm.models.resnet.ResNet(timm.models.resnet.Bottleneck, (3,4,6,3), channels=tuple(n*2**i for i in range(4)), in_chans=in_chans, **kwargs)
+    m = timm.models.resnet.ResNet(timm.models.resnet.Bottleneck, (3,4,6,3), channels=tuple(n*2**i for i in range(4)), in_chans=in_chans, zero_init_last=zero_init_last, **kwargs)
     block = m.layer1[0]
     m.conv1,m.bn1 = nn.Conv2d(in_chans, n, 7, stride=2, padding=3, bias=False),nn.BatchNorm2d(n)
     block.conv1,block.downsample[0] = (nn.Conv2d(n, o, 1, bias=False) for o in (n, 4*n))
@@ -176,28 +176,31 @@ def weights_loader(
     _loaders[:] = [load]
     return load
 
+def _first_conv(encoder): return first(o for o in encoder.modules() if isinstance(o, nn.modules.conv._ConvNd))
+
 def create_encoder(
-    arch, # name, fastai or torchvision model function, or any `nn.Module`, which is returned as it is
-    pretrained:bool|str|Path=True, # load ImageNet weights; or released ones by name (`'swav_800ep'`, see `official_weights`) or from their file
+    arch, # name, fastai or torchvision model function, or any `nn.Module`, which is returned as it is; `resnet18` and others that both libraries know are torchvision's
+    pretrained:bool|str|Path=None, # load ImageNet weights, unless False; or released ones by name (`'swav_800ep'`, see `official_weights`) or from their file
     n_in:int=3, # channels of the images
-    pool_type:str='auto', # a `PoolingType`, see `create_fastai_encoder` and `create_timm_encoder`; 'auto': the average with released weights, as they were trained, else `CatAvgMax`
+    pool_type:str='auto', # a `PoolingType`, see `create_fastai_encoder` and `create_timm_encoder`; 'auto': the average with released weights, as they were trained, else `CatAvgMax`, two features a channel
     low_resolution:bool=False, # keep the full resolution in the stem, for small images
     **kwargs # passed to the model's function or to `timm.create_model`
-) -> nn.Module: # (B,n_in,H,W) images to (B,F) features
+) -> nn.Module: # (B,n_in,H,W) images to (B,F) features: F=1024 for `resnet18`, 512 with `pool_type='avg'`
     "An encoder from a fastai name or function, else from a timm name"
-    released = not isinstance(pretrained, bool)
+    released = not isinstance(pretrained, (bool,type(None)))
     if released and not _loaders: raise ValueError(
         f'pretrained={pretrained!r}: import self_supervised.pretrained, or self_supervised.all, which know released weights; or pass True or False')
     if isinstance(arch, nn.Module):
-        if low_resolution or kwargs:
-            raise ValueError(f'arch is a {type(arch).__name__} that is already built: change it itself instead of passing '
-                             + ', '.join((['low_resolution'] if low_resolution else []) + list(kwargs)))
+        conv  = _first_conv(arch)
+        given = dict(pretrained=pretrained is True, n_in=n_in!=3 and conv and n_in!=conv.in_channels, pool_type=pool_type!='auto', low_resolution=low_resolution)
+        if bad := [k for k,v in given.items() if v]+list(kwargs):
+            raise ValueError(f'arch is a {type(arch).__name__} that is already built: change it itself instead of passing {", ".join(bad)}')
         return _loaders[0](arch, pretrained) if released else arch
     if isinstance(arch, type) or not (isinstance(arch, str) or callable(arch)):
         raise TypeError(f'arch={arch!r} must be a name, a model function or an nn.Module that is already built')
     create = create_fastai_encoder if callable(arch) or arch in _fastai_archs else create_timm_encoder
     if pool_type=='auto': pool_type = PoolingType.Avg if released else PoolingType.CatAvgMax
-    if not released: return create(arch, pretrained, n_in, pool_type, low_resolution, **kwargs)
+    if not released: return create(arch, pretrained is not False, n_in, pool_type, low_resolution, **kwargs)
     encoder = _loaders[0](create(arch, False, n_in, pool_type, **kwargs), pretrained)
     if low_resolution: # after loading, as it makes the stem smaller
         _low_resolution(encoder)
@@ -209,7 +212,7 @@ def encoder_channels(
     encoder:nn.Module, # any encoder with a convolution
 ) -> int: # input channels of its first convolution
     "Number of channels `encoder` expects of an image"
-    conv = first(o for o in encoder.modules() if isinstance(o, nn.modules.conv._ConvNd))
+    conv = _first_conv(encoder)
     if conv is None: raise ValueError(f'{type(encoder).__name__} has no convolution to read the number of channels from: pass n_in')
     return conv.in_channels
 
@@ -229,6 +232,7 @@ def encoder_dim(
     try:
         with torch.no_grad(), torch.random.fork_rng([p.device] if p.is_cuda else []): out = encoder.eval()(x)
     except (RuntimeError, AssertionError, ValueError) as e:
+        if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e): raise # says nothing of the encoder
         raise ValueError(f'{type(encoder).__name__} does not run on images of shape {tuple(x.shape[1:])} ({e}); pass the size and n_in it is meant for') from e
     finally:
         for o,t in modes.items(): o.training = t

@@ -27,7 +27,7 @@ def evaluate(
     dls:DataLoaders, # labelled: features of `dls.train` to look up and to fit on, of `dls.valid` to judge on
     k:int=20, # neighbours that vote
     n_per_class:int=10, # labels of each class for the second question; None: leave it out
-    seeds:int=5, # draws of these labels
+    seeds:int=5, # draws of these labels, if there are any
     C:float=1., # inverse strength of the regularisation
     device:torch.device=None, # where to compute; None: where the encoder is
     **kwargs, # to `extract_features`, such as `stats`, `half` and `progress`
@@ -56,6 +56,8 @@ def compare(
 ) -> Comparison: # a row for each name, a column for each protocol
     "A table of several encoders"
     res = Comparison()
+    if (kwargs or dls is not None) and not any(isinstance(o, (nn.Module,Learner)) for o in encoders.values()): raise TypeError(
+        f'{", ".join([*kwargs, *(["dls"] if dls is not None else [])])}: for evaluate, but there is no encoder to be evaluated')
     for nm,o in encoders.items():
         if isinstance(o, (nn.Module,Learner)):
             if dls is None: raise ValueError(f'{nm!r} is a {type(o).__name__}, which has to be evaluated: pass labelled `dls`')

@@ -48,7 +48,8 @@ def read_image(
         with Image.open(BytesIO(data), formats=_formats) as im:
             if im.width*im.height > max_megapixels*10**6: raise Image.DecompressionBombError
             if im.mode[0] in 'IF': data = _to_8_bits(im)
-        return open_image(BytesIO(data), size)
+        x = open_image(BytesIO(data), size)
+        return (x*255).round().byte() if x.is_floating_point() else x # colours of 16 bits
     except Image.DecompressionBombError: why = f'it has more than {max_megapixels} million pixels'
     except Image.UnidentifiedImageError: why = f'it is not one of {", ".join(_formats)}'
     except Exception as e: why = e.__cause__ or e # a decoder raises nearly anything for a damaged file

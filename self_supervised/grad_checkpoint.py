@@ -12,7 +12,7 @@ from collections import OrderedDict
 
 import torch
 from timm.models import checkpoint_seq
-from torch import nn
+from torch import nn, Tensor
 from fastai.torch_core import Module
 
 # %% ../nbs/22_grad_checkpoint.ipynb #c4de8554
@@ -39,6 +39,11 @@ def _count_once(m, *_):
         o.register_forward_hook(_put_back, always_call=True) # also if PyTorch breaks off a second run that has computed enough
 
 # %% ../nbs/22_grad_checkpoint.ipynb #fa04e6c3
+def _rename_keys(state, names):
+    "Have the keys of `state` that begin with a key of `names` begin with its value; what is there already under the new name stays"
+    for old,new in names.items():
+        for k in [o for o in state if o.startswith(old)]: state.setdefault(new+k.removeprefix(old), state.pop(k))
+
 class CheckpointSequential(nn.Sequential):
     "An `nn.Sequential` of the same layers and the same `state_dict` that checkpoints its gradients"
     def __init__(self,
@@ -60,6 +65,11 @@ class CheckpointSequential(nn.Sequential):
             if layers and getattr(o, 'inplace', False): layers[-1].append(o)
             else: layers.append([o])
         return checkpoint_seq([nn.Sequential(*o) for o in layers], x, every=math.ceil(len(layers)/self.checkpoint_nchunks), use_reentrant=False)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        "Names of the older package, whose class held the layers as `fastai_model`, too"
+        _rename_keys(state_dict, {f'{prefix}fastai_model.':prefix})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 # %% ../nbs/22_grad_checkpoint.ipynb #5a6b79aa
 def checkpoint_encoder(
@@ -103,6 +113,11 @@ class CheckpointResNet(Module):
     ): self.resnet_model = _checkpoint_parts(resnet_model, ['layer1','layer2','layer3','layer4'], checkpoint_nchunks, type(self))
     def forward(self, x): return self.resnet_model(x)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        "Files of the older package, which has the four stages a second time, as `forward_layers`, too"
+        _rename_keys(state_dict, {f'{prefix}forward_layers.{i}.':f'{prefix}resnet_model.layer{i+1}.' for i in range(4)})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 class CheckpointEfficientNet(Module):
     "An EfficientNet or MobileNet of timm that checkpoints its gradients"
     def __init__(self,
@@ -111,6 +126,12 @@ class CheckpointEfficientNet(Module):
     ): self.effnet_model = _checkpoint_parts(effnet_model, ['blocks'], checkpoint_nchunks, type(self))
     def forward(self, x): return self.effnet_model(x)
 
+    def forward_features(self,
+        x:Tensor, # (B,C,H,W) images
+    ) -> Tensor: # (B,F,h,w)
+        "The maps before they are pooled"
+        return self.effnet_model.forward_features(x)
+
 class CheckpointVisionTransformer(Module):
     "A vision transformer of timm that checkpoints its gradients"
     def __init__(self,
@@ -118,3 +139,9 @@ class CheckpointVisionTransformer(Module):
         checkpoint_nchunks:int=2, # chunks of blocks
     ): self.vit_model = _checkpoint_parts(vit_model, ['blocks'], checkpoint_nchunks, type(self))
     def forward(self, x): return self.vit_model(x)
+
+    def forward_features(self,
+        x:Tensor, # (B,C,H,W) images
+    ) -> Tensor: # (B,F)
+        "What the classifier gets, if the model has one"
+        return self.vit_model.forward_head(self.vit_model.forward_features(x), pre_logits=True)

@@ -20,16 +20,23 @@ from .encoders import create_encoder, encoder_dim
 # %% ../nbs/21_heads.ipynb #f1c020be
 def create_mlp_module(
     dim:int, # features that come in
-    hidden_size:int, # features between the layers
+    hidden_size:int|tuple, # features between the layers; or a number for each but the last
     projection_size:int, # features that go out
     bn:bool=False, # batch norm after each layer but the last
     nlayers:int=2, # linear layers; 1 is one linear map, without `hidden_size`
+    last_bn:bool=False, # batch norm after the last layer too, whose shift stays 0; and no biases in front of a batch norm, which takes them out again
 ) -> nn.Sequential: # (B,dim) to (B,projection_size)
     "Projector of `nlayers` linear layers"
     if nlayers<1: raise ValueError(f'nlayers={nlayers}: a projector needs at least 1 layer')
-    layers,szs = [],[dim] + [hidden_size]*(nlayers-1)
-    for ni,no in zip(szs, szs[1:]): layers += [nn.Linear(ni, no), *([nn.BatchNorm1d(no)] if bn else []), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, nn.Linear(szs[-1], projection_size))
+    if last_bn and not bn: raise ValueError('last_bn=True is batch norm after the last layer too: it goes with bn=True')
+    hidden = list(hidden_size) if isinstance(hidden_size, (tuple,list)) else [hidden_size]*(nlayers-1)
+    if len(hidden)!=nlayers-1: raise ValueError(f'hidden_size={hidden_size} are {len(hidden)} numbers, and nlayers={nlayers} layers have {nlayers-1} between them')
+    layers,szs = [],[dim, *hidden, projection_size]
+    for ni,no in zip(szs, szs[1:]): layers += [nn.Linear(ni, no, bias=not last_bn), *([nn.BatchNorm1d(no)] if bn else []), nn.ReLU(inplace=True)]
+    layers.pop() # what follows the last layer
+    if last_bn: layers[-1].bias.requires_grad_(False)
+    elif bn: layers.pop()
+    return nn.Sequential(*layers)
 
 # %% ../nbs/21_heads.ipynb #b38e2998
 def create_cls_module(
@@ -61,15 +68,16 @@ def create_cls_module(
 def create_model(
     arch, # what `create_encoder` takes: a name, a model function, or an encoder
     n_out:int, # outputs, such as the number of classes
-    pretrained:bool|str|Path=True, # load ImageNet weights, or released ones, as in `create_encoder`
+    pretrained:bool|str|Path=None, # load ImageNet weights, unless False, or released ones, as in `create_encoder`
     n_in:int=3, # channels of the images
     pool_type:str='auto', # a `PoolingType`, as in `create_encoder`
+    *args, # passed to `create_cls_module`: `lin_ftrs` and what follows it there
     low_resolution:bool=False, # keep the full resolution in the stem, for small images
     **kwargs # passed to `create_cls_module`
 ) -> nn.Sequential: # encoder and head: (B,n_in,H,W) images to (B,n_out)
     "Classifier: an encoder with a head"
     encoder = create_encoder(arch, pretrained, n_in, pool_type, low_resolution)
-    head    = create_cls_module(encoder_dim(encoder, n_in=n_in), n_out, **kwargs)
+    head    = create_cls_module(encoder_dim(encoder, n_in=n_in), n_out, *args, **kwargs)
     apply_init(head)
     return nn.Sequential(encoder, head)
 

@@ -86,7 +86,7 @@ class SwAVModule(_Module, SwAVModel):
     "`SwAVModel` with its loss inside"
     def __init__(self,
         encoder_name:str|nn.Module='vit_small_patch16_224', # timm name, what `create_encoder` takes, or any module that gives (B,F) features
-        projector_dims:tuple=(2048,128), # width of the projector, and D, size of a projection (paper, section 4, for ResNet-50)
+        projector_dims:tuple=(2048,128), # width of the projector, of each layer if there are more than two, and D, size of a projection (paper, section 4, for ResNet-50)
         n_prototypes:int=3000, # K, number of prototypes (paper, section 4, for ImageNet)
         temperature:float=0.1, # temperature τ of the prediction (paper, section 4)
         sinkhorn_iterations:int=3, # rounds of Sinkhorn-Knopp (paper, section 4)
@@ -100,7 +100,7 @@ class SwAVModule(_Module, SwAVModel):
         if sinkhorn_iterations<1: raise ValueError(f'sinkhorn_iterations={sinkhorn_iterations} must be 1 or more: 3 is usual')
         encoder = _encoder(encoder_name, low_resolution, pretrained, dynamic_img_size, n_in)
         dim = encoder_dim(encoder)
-        m = create_swav_model(encoder, *_check_dims(projector_dims), n_prototypes, n_features=dim)
+        m = create_swav_model(encoder, **_projector(projector_dims), n_protos=n_prototypes, n_features=dim)
         super().__init__(encoder, m.projector, m.prototypes)
         self.embed_dim,self.temperature,self.epsilon,self.sinkhorn_iterations = dim,temperature,epsilon,sinkhorn_iterations
 
@@ -118,16 +118,18 @@ class SwAVModule(_Module, SwAVModel):
 
 SwAV = SwAVModule
 
-def _check_dims(o):
-    if len(o)!=2: raise ValueError(f'projector_dims={o} must be two numbers: the width of the projector, and the size of a projection')
-    return o
+def _projector(dims):
+    "Arguments of `create_swav_model` and `create_simclr_model`"
+    if len(dims)<2: raise ValueError(f'projector_dims={dims} must be two numbers or more: the width of the projector, layer by layer, and the size of a projection')
+    *hidden,size = dims
+    return dict(hidden_size=tuple(hidden), projection_size=size, nlayers=len(dims))
 
 # %% ../nbs/69_modules.ipynb #2799739a
 class SimCLRModule(_Module, SimCLRModel):
     "`SimCLRModel` with its loss inside"
     def __init__(self,
         encoder_name:str|nn.Module='vit_small_patch16_224', # timm name, what `create_encoder` takes, or any module that gives (B,F) features
-        projector_dims:tuple=(2048,128), # width of the projector, and D, size of a projection (paper, section 2.2, for ResNet-50)
+        projector_dims:tuple=(2048,128), # width of the projector, of each layer if there are more than two, and D, size of a projection (paper, section 2.2, for ResNet-50; three numbers for version 2)
         temperature:float=0.5, # temperature τ of the similarities (official command for CIFAR-10; 0.1 for ImageNet, and in the paper's table 5)
         low_resolution:bool=False, # keep the full resolution in the stem, for small images
         pretrained:bool|str|Path=False, # load the library's weights, or released ones (see `create_encoder`)
@@ -138,7 +140,7 @@ class SimCLRModule(_Module, SimCLRModel):
         if temperature<=0: raise ValueError(f'temperature={temperature} must be positive: 0.05 to 0.5 are usual')
         encoder = _encoder(encoder_name, low_resolution, pretrained, dynamic_img_size, n_in)
         dim = encoder_dim(encoder)
-        super().__init__(encoder, create_simclr_model(encoder, *_check_dims(projector_dims), n_features=dim).projector)
+        super().__init__(encoder, create_simclr_model(encoder, **_projector(projector_dims), n_features=dim).projector)
         self.embed_dim,self.temperature,self.equal_sizes = dim,temperature,equal_sizes
 
     def loss(self,
@@ -150,3 +152,6 @@ class SimCLRModule(_Module, SimCLRModel):
         z = self.projector(feats)
         loss = all_mean(nt_xent_loss(z, self.temperature, n_views, self.equal_sizes), len(z)//n_views)
         return loss,F.normalize(z, dim=1)
+
+# %% ../nbs/69_modules.ipynb #f94f826b
+SimCLR = SimCLRModule

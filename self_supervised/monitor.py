@@ -51,7 +51,7 @@ def effective_rank(
 def code_stats(
     codes:Tensor, # (A,B,K) codes of the assigning views; rows sum to 1
 ) -> dict: # name → scalar tensor, the mean over the views
-    "Entropy of the mean code and mean entropy of the codes, as parts of the highest possible, and prototypes in use"
+    "Entropy of the mean code and mean entropy of the codes, as parts of the highest possible, and prototypes in use, as a multiple of those that chance would hit"
     _,B,K = codes.shape
     each  = torch.special.entr(codes).sum(2).mean(1)
     mean  = torch.special.entr(codes.mean(1)).sum(1)
@@ -64,7 +64,7 @@ healthy_ranges = { # name: (title, lowest and highest healthy value)
     'loss-chance':  ('loss − chance', -inf, -.005),
     'mean_entropy': ('entropy of mean code', .7, inf),
     'code_entropy': ('entropy of codes', -inf, .98),
-    'protos':       ('prototypes in use', .4, inf),
+    'protos':       ('prototypes in use', .4, inf), # 1 is chance
     'std':          ('projection std', .1, inf),
     'rank':         ('effective rank', 2.5, inf),
     'queue':        ('filling of the queue', -inf, inf)}

@@ -12,8 +12,8 @@ import torch
 from fastai.data.core import DataLoaders
 
 from .dist import all_reduce, rank, world_size
-from .features import extract_features, first_batch, n_items
-from .probes import check_k, check_labels, knn, labelled_loaders, linear_probe
+from .features import class_names, extract_features, first_batch, n_items, normalization_of
+from .probes import check_k, check_labels, knn, labelled_loaders, linear_probe, ready_labels, renumber
 from .watcher import Watcher
 
 # %% ../nbs/53_online.ipynb #98d35ec2
@@ -29,8 +29,10 @@ class _Online(Watcher):
         if not self.run: return
         if self.labelled is None: raise ValueError(
             f'{self.name} has no DataLoaders (`learn.export` leaves them out): set learn.{self.name}.labelled, or remove it with learn.remove_cb')
-        for nm,dl in zip(('dls.train','dls.valid'), labelled_loaders(self.labelled)):
-            check_labels(extract_features(self.learn, [first_batch(dl)], **self.kwargs), nm)
+        loaders,norm = labelled_loaders(self.labelled),normalization_of(self.learn, self.kwargs.get('stats'))
+        for nm,dl in zip(('dls.train','dls.valid'), loaders):
+            y = check_labels(extract_features(self.learn, [first_batch(dl, norm)], **self.kwargs), nm)[1]
+        renumber(y if (all_ := ready_labels(dl)) is None else all_, *map(class_names, loaders[::-1]))
         self.history = [] # [epoch, accuracy] of every judgement
         self.now.update({o:float('nan') for o in self.columns})
 

@@ -15,6 +15,8 @@ from fastcore.xtras import is_listy
 from fasttransform import Pipeline
 from fastai.torch_core import show_image, subplots
 
+from .ranges import check_range, usable_images
+
 # %% ../nbs/03_pipelines.ipynb #7375fd9a
 def assert_aug_pipelines(
     aug_pipelines:list, # view pipelines, one a view
@@ -49,6 +51,7 @@ def make_views(
     x:Tensor, # (B,C,H,W) images, uint8 or float in [0,1]
 ) -> list: # one batch of views a pipeline, (B,C,h,w)
     "All views of a batch; neighbours that share their steps, as those of `get_multi_aug_pipelines` do, make theirs together if they have a method `views`"
+    x = check_range(x, notices=False) if x.is_cpu else usable_images(x) # to read values back stalls a GPU
     x,res = x.contiguous(memory_format=torch.channels_last),[]
     for _,same in itertools.groupby(assert_aug_pipelines(aug_pipelines), key=lambda o: [id(f) for f in o.fs]):
         p,*more = same

@@ -6,7 +6,7 @@
 __all__ = ['sgd_probe', 'fine_tune']
 
 # %% ../nbs/52_protocols.ipynb #1f06e966
-import random
+import math, random
 from copy import deepcopy
 from functools import partial
 
@@ -23,27 +23,20 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from fastai.torch_core import no_random
 
+from .basics import warn_once
 from .core import encoder_of
-from .features import extract_features, first_batch, in_order, n_items, normalization_of, without_normalization
+from .features import class_names, extract_features, first_batch, image_ids, images_labels, normalization_of, without_normalization
 from .heads import model_splitter
-from .probes import Result, check_labels, count_classes, labelled_loaders, result_of, sample_per_class, top_hits
+from .pixels import unit_float
+from .probes import Result, count_classes, dataset_labels, labelled_loaders, renumber, result_of, sample_per_class, top_hits
+from .ranges import set_raw
 from .transforms import RandomCropResize, RandomFlip
 from .views import ViewPipeline
 
 # %% ../nbs/52_protocols.ipynb #814e45ad
-def _labels(dl):
-    "Labels of the dataset of `dl`"
-    ds  = getattr(dl, 'dataset', None)
-    tls = getattr(ds, 'tls', ())
-    y   = [int(o) for o in tls[-1]] if len(tls)>1 else getattr(ds, 'y', getattr(ds, 'targets', None))
-    if y is None:
-        with in_order(dl) as dl: y = [torch.as_tensor(o).cpu() for b in dl for o in b[1:2]]
-        y = torch.cat(y) if y else None
-    return check_labels((np.arange(n_items(dl)), y), 'dls')[1]
-
-def _part(y, n_per_class, seed):
-    "Numbers of the images to train on: all, or a draw of `n_per_class` of each class"
-    ids = torch.arange(len(y))
+def _part(ids, y, n_per_class, seed):
+    "Which of the images `ids` to train on: all, or a draw of `n_per_class` of each class"
+    ids = torch.tensor(list(ids))
     return (sample_per_class((ids, y), n_per_class, seed)[0] if n_per_class else ids).tolist()
 
 def _part_dl(dl, ids, bs, norm, device):
@@ -58,13 +51,33 @@ def _linear(n_in, n_classes):
     nn.init.zeros_(head.bias)
     return head
 
-def _fit(net, head, dl, augs, tune, epochs, wd, lr):
-    "Train `head` on top of `net`, and `net` too if `tune`, on views by `augs`; `lr` is the schedule of both learning rates"
-    def mode(cb): cb.model[0].train(tune)
-    def views(cb): cb.learn.xb = (augs(cb.xb[0].as_subclass(Tensor)),)
+class _Train(Callback):
+    "Views in place of images, the mode of the encoder, and a look at weights and loss after each epoch"
+    def __init__(self, augs, tune, rates): self.augs,self.tune,self.rates = augs,tune,rates
+    def before_train(self):
+        self.losses = []
+        self.model[0].train(self.tune)
+        set_raw(self.dl) # views are cut from bytes, if the loader has them
+
+    def before_batch(self):
+        x,y = images_labels((*self.xb, *self.yb))
+        self.learn.xb,self.learn.yb = (unit_float(self.augs(x.as_subclass(Tensor))),),(y,)
+
+    def after_batch(self): self.losses.append(self.loss.detach())
+
+    def after_train(self):
+        if not all(p.isfinite().all() for p in self.model.parameters()): raise FloatingPointError(
+            f'the training of the classifier has diverged in epoch {self.epoch}: take a tenth of {self.rates}, to begin with')
+        loss,guess = torch.stack(self.losses).mean().item(),math.log(self.model[1].out_features)
+        if self.epoch+1==self.n_epoch and loss>2*guess: warn_once(
+            f'after training the loss of the classifier is {loss:.3g}, and guessing has {guess:.3g}: learning rates that are too high ({self.rates}), or too few steps')
+
+def _fit(net, head, dl, augs, tune, epochs, wd, sched, lrs):
+    "Train `head` on top of `net`, and `net` too if `tune`, on views by `augs`; `sched` of `lrs` are their learning rates"
+    rates = f'lr={lrs[0]:g} and lr_head={lrs[1]:g}' if tune else f'lr={lrs[1]:g}'
     learn = Learner(DataLoaders(dl, []), nn.Sequential(net, head), CrossEntropyLossFlat(), partial(SGD, mom=.9, decouple_wd=False),
-                    splitter=model_splitter, wd_bn_bias=True, cbs=Callback(before_train=mode, before_batch=views))
-    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, wd=wd, cbs=ParamScheduler(dict(lr=lr)))
+                    splitter=model_splitter, wd_bn_bias=True, cbs=_Train(augs, tune, rates))
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, wd=wd, cbs=ParamScheduler(dict(lr=sched(np.array(lrs)))))
     return learn.model
 
 # %% ../nbs/52_protocols.ipynb #bacc9214
@@ -76,24 +89,27 @@ def _on_views(name, encoder, dls, epochs, lrs, sched, pct=None, n_per_class=None
     train,valid = (o.dl if isinstance(o, DistributedDL) else o for o in labelled_loaders(dls))
     if not hasattr(train, 'new') or not train.indexed: raise TypeError(
         f'dls.train is a {type(train).__name__}, and images are drawn by number: give a DataLoader of fastai over a dataset with indices')
-    y,tune,judged = _labels(train),lrs[0]>0,encoder_of(encoder)
-    n_classes = count_classes(y, _labels(valid))
+    if resize_scale is None and size is not None: raise ValueError(f'size={size}: with resize_scale=None the images of dls.train are views already, of the size that they have')
+    names = class_names(valid),class_names(train)
+    y,tune,judged = dataset_labels(train),lrs[0]>0,encoder_of(encoder)
+    n_classes = count_classes(y, renumber(dataset_labels(valid), *names))
     if pct: n_per_class = max(1, round(pct*len(y)/len(y.unique())))
     device = device or next(judged.parameters(), torch.zeros(0)).device
 
     norm  = normalization_of(encoder, stats)
     stats = norm and (norm.mean, norm.std) # the copy has no view pipelines to take them from
-    batch = first_batch(train)
-    augs  = ViewPipeline([RandomCropResize(size or batch[0].shape[2:], resize_scale), RandomFlip(.5), *([norm] if norm else [])], split_idx=0)
+    batch = first_batch(train, norm)
+    n_features = extract_features(encoder, [batch], stats, device=device)[0].shape[1]
+    crop  = [] if resize_scale is None else [RandomCropResize(size or images_labels(batch)[0].shape[2:], resize_scale), RandomFlip(.5)]
+    augs  = ViewPipeline([*crop, *([norm] if norm else [])], split_idx=0)
 
     hits = []
     for seed in range(seeds):
-        ids,net = _part(y, n_per_class, seed),deepcopy(judged).requires_grad_(tune)
+        ids,net = _part(image_ids(train), y, n_per_class, seed),deepcopy(judged).requires_grad_(tune)
         with no_random(seed, reproducible=False):
-            head  = _linear(extract_features(net, [batch], stats, device=device)[0].shape[1], n_classes)
-            model = _fit(net, head, _part_dl(train, ids, bs, norm, device), augs, tune, epochs, wd, sched(np.array(lrs)))
+            model = _fit(net, _linear(n_features, n_classes), _part_dl(train, ids, bs, norm, device), augs, tune, epochs, wd, sched, lrs)
         scores,t = extract_features(model, valid, stats, device=device)
-        hits.append(top_hits(scores, t.long()))
+        hits.append(top_hits(scores, renumber(t.long(), *names)))
     return result_of(name, hits, n_classes, epochs=epochs, lr=lrs if tune else lrs[1], n_per_class=n_per_class, bs=bs, wd=wd, size=size,
                      resize_scale=resize_scale, seeds=seeds, stats=stats and tuple(o.flatten().tolist() for o in stats), train=len(ids), test=len(t))
 
@@ -111,7 +127,7 @@ def sgd_probe(
     bs:int=256, # batch size (official code: 8 times 32)
     wd:float=1e-6, # weight decay (official code)
     size:int|tuple=None, # of the views: pixels of the side, or (h,w); None: that of the images
-    resize_scale:tuple=(.08,1.), # area of a crop as a part of the image's, from and to (official code: torchvision's default)
+    resize_scale:tuple=(.08,1.), # area of a crop as a part of the image's, from and to (official code: torchvision's default); None: the images of `dls.train` are views already
     seeds:int=1, # runs
     stats:tuple=None, # (means, stds) to normalise with; None: those of the Learner's view pipelines, or none
     device:torch.device=None, # where to train; None: where the encoder is

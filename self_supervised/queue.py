@@ -18,6 +18,7 @@ class FeatureQueue(nn.Module):
         length:int=0, # projections remembered for each assigning view; 0 for no queue
     ):
         super().__init__()
+        if not isinstance(length, int) or length<0: raise ValueError(f'length={length!r} must be a whole number of projections, or 0 for no queue')
         self.length = length
         self.register_buffer('feats', torch.zeros(0,0,0)) # (A,n,D): assigning views, projections so far, size of a projection
 
@@ -53,8 +54,8 @@ class FeatureQueue(nn.Module):
         elif len(self.feats): self.feats = self.feats.new_zeros(0,0,0)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        "Take the size of the saved queue: how full it was is part of the state"
-        if (saved := state_dict.get(prefix+'feats')) is not None: self.feats = self.feats.new_empty(saved.shape)
+        "Take the size of the saved queue: how full it was is part of the state; a model that was saved without one had nothing to remember"
+        self.feats = self.feats.new_empty(state_dict.setdefault(prefix+'feats', torch.zeros(0,0,0)).shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self): return f'length={self.length}'

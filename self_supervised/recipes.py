@@ -201,12 +201,18 @@ def create_model(self:Recipe,
 
 @patch
 def create_callback(self:Recipe,
-    n_in:int=3, # channels of the images; those without three are not normalised, unless the recipe says how
+    n_in:int=3, # channels of the images; those without three are not normalised, unless `stats` of their own are given
 ) -> SSLCallback: # with its view pipelines
     "The callback of the recipe"
     m,views = ssl_methods()[self.method],self._for('views')
-    if n_in!=3 and 'stats' in _arguments(self.method)['views']: views.setdefault('stats', None)
+    if n_in!=3 and 'stats' in _arguments(self.method)['views'] and self._has_rgb_stats(): views['stats'] = None
     return m.callback(m.get_aug_pipelines(**views), **self._for('callback'))
+
+@patch
+def _has_rgb_stats(self:Recipe):
+    "Are its `stats` those of photographs, as the recipe of this name has them, or the default?"
+    stats,own = self.args.get('stats'),getattr(_recipes.get(self.name), 'args', {}).get('stats')
+    return stats is None or own is not None and len(own[0])==3 and [*map(list, stats)]==[*map(list, own)]
 
 # %% ../nbs/67_recipes.ipynb #85493451
 @patch(as_prop=True)

@@ -36,6 +36,7 @@ def sinkhorn_knopp(
 ) -> Tensor: # (B,K) codes, each row sums to 1; float32, or float64 for float64 scores
     "Assign samples to prototypes with equal mass on every prototype, over the samples and queues of all ranks"
     if eps<=0: raise ValueError(f'eps={eps} must be positive: 0.05 is usual, and 0.03 if training collapses')
+    if n_iters<1: raise ValueError(f'n_iters={n_iters} must be 1 or more, or the mass of prototypes would not be equal: 3 is usual')
     if scores.ndim!=2: raise ValueError(f'scores have shape {tuple(scores.shape)}, they must be (samples, prototypes)')
     if queue is not None and queue.shape[1:]!=scores.shape[1:]: raise ValueError(
         f'queue has shape {tuple(queue.shape)}, it must be (samples, {scores.shape[1]}), with as many prototypes as scores')

@@ -133,6 +133,12 @@ class RandomGray(BatchTransform):
     "Take the colour away, and keep three channels"
     def apply(self, x): return to_gray(x).expand_as(x) if has_rgb(x.shape) else x
 
+def _width_there(s):
+    "By how many pixels the older package blurred for `blur_s=s`: it cut the Gaussian at a radius of s//4"
+    r = torch.arange(-(s//4), s//4+1)
+    w = torch.exp(-.5*(r/s)**2)
+    return ((w*r**2).sum()/w.sum()).sqrt().item()
+
 class RandomGaussianBlur(BatchTransform):
     "Blur each image with its own sigma"
     def __init__(self,
@@ -146,6 +152,10 @@ class RandomGaussianBlur(BatchTransform):
         if not 0<self.s[0]<=self.s[1]: raise ValueError(f'blur_s={s} must be a positive sigma in pixels, or (smallest, largest), as in (0.1, 2.0)')
         self.kernel_size = kernel_size or 2*math.ceil(3*self.s[1])+1
         if self.kernel_size%2==0: raise ValueError(f'kernel_size={kernel_size} must be odd')
+        if self.s[1]>5:
+            there = tuple(max(.1, round(_width_there(o), 1)) for o in self.s)
+            warn_once(f'blur_s={s} is a sigma in pixels, and leaves little of an image. The older package cut its kernels so short that '
+                      f'the same numbers blurred by {there[0]} to {there[1]} pixels: blur_s={there} is what it did, (0.1, 2.0) what the papers do')
 
     def params(self, shape, device=None): return self.draw(shape[0], *self.s, device),
     def apply(self, x, sigma): return gaussian_blur(x, sigma, self.kernel_size)

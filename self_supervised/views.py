@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from fastcore.basics import AttrDict
 from fasttransform import Pipeline, compose_tfms
+from fastai.torch_core import TensorBase
 
 from .pipelines import assert_aug_pipelines, check_view_ids, make_views, show_views
 from .pixels import apply_where, crops_at_once, crops_one_by_one, full_precision, one_by_one
 from .pixels import gaussian_kernel, jitter_weights, mix_colors, to_gray
+from .ranges import usable_images
 from .transforms import NormalizeView, RandomCropResize, RandomFlip, RandomGaussianBlur, RandomGray, RandomJitter, RandomRotate, has_rgb
 
 # %% ../nbs/13_views.ipynb #85df56ca
@@ -128,15 +130,16 @@ class ViewPipeline(Pipeline):
     def __call__(self, x:Tensor): return self.views(x, 1)[0]
 
     def views(self,
-        x:Tensor, # (B,C,H,W) images
+        x:Tensor, # (B,C,H,W) images, uint8 or float in [0,1]
         n:int, # views of each
-    ) -> list: # n tensors (B,C,h,w)
+    ) -> list: # n tensors (B,C,h,w), of the class of `x`
         "Several views at once, which is faster for small ones"
         if x.ndim!=4: raise ValueError(f'the images have shape {tuple(x.shape)}, they must be a batch (B,C,H,W): one image x is the batch x[None]')
+        kind,x = type(x) if isinstance(x, TensorBase) else Tensor, usable_images(x.as_subclass(Tensor)) # a subclass would take its time in every operation
         s,rest = AttrDict.fromkeys(_fused),list(self.fs)
         for nm,t in _fused.items():
             if rest and type(rest[0]) is t and not getattr(rest[0], 'exact_hue', False): s[nm] = rest.pop(0)
-        if not s.crop: return [Pipeline.__call__(self, x) for _ in range(n)]
-        x,times = x.as_subclass(Tensor),1 if any(getattr(o, 'same_on_batch', False) for o in s.values()) else n
+        if not s.crop: return [Pipeline.__call__(self, x).as_subclass(kind) for _ in range(n)]
+        times = 1 if any(getattr(o, 'same_on_batch', False) for o in s.values()) else n
         views = [v for _ in range(n//times) for v in _render(x, times, s)]
-        return [compose_tfms(o, tfms=rest, split_idx=self.split_idx) for o in views]
+        return [compose_tfms(o, tfms=rest, split_idx=self.split_idx).as_subclass(kind) for o in views]

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import pytest, torch
 from fastai.learner import Learner
+from fastcore.foundation import L
 from torch import nn
 
 import self_supervised.all # noqa: F401 (registers the methods)
@@ -31,7 +32,7 @@ def augs(name, size=12, **kwargs):
 
 def callback(name, aug_pipelines=None, **kwargs):
     cls = methods[name].callback
-    return cls(augs(name) if aug_pipelines is None else aug_pipelines, **taken(cls, crop_assgn_ids=[0,1], K=12, queue_start_pct=0.), **kwargs)
+    return cls(augs(name) if aug_pipelines is None else aug_pipelines, **(taken(cls, crop_assgn_ids=[0,1], K=12, queue_start_pct=0.) | kwargs))
 
 def images(n=40, c=1, size=14): return torch.randint(0, 256, (n,c,size,size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -48,7 +49,7 @@ def without_labels(name):
 
 def learner(name, dls=None, m=None, cb=None, cbs=(), **kwargs):
     dls = loaders(name, images(), images(12)) if dls is None else dls
-    return Learner(dls, model(name) if m is None else m, cbs=[callback(name) if cb is None else cb, *cbs], **kwargs)
+    return Learner(dls, model(name) if m is None else m, cbs=[callback(name) if cb is None else cb, *L(cbs)], **kwargs)
 
 def quiet(learn, *args, **kwargs):
     with learn.no_bar(), learn.no_logging(): return learn.fit(*args, **kwargs)

@@ -1,31 +1,36 @@
 "A run that was killed ends as one that was not, to the bit; damaged files are named; encoders come back as they were"
-import json, os, random, signal, time
+import json, os, random, signal, time, warnings
+from collections import deque
+from copy import deepcopy
+from enum import Enum
 from functools import partial
 from pathlib import Path
 
 import numpy as np, pytest, timm, torch, torchvision
 import torch.distributed as tdist
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.schedule import LRFinder # noqa: F401 (patches lr_find and fit_one_cycle into Learner)
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders, Datasets
-from fastai.learner import Learner
+from fastai.learner import Learner, Recorder
 from fastai.optimizer import OptimWrapper, SGD
 from fastai.torch_core import set_seed
+from fastcore.foundation import L
 from fastai.vision.augment import RandTransform
+from PIL import Image
 from torch import nn
 
-from self_supervised import state
+from self_supervised import checkpoint, state
 from self_supervised.checkpoint import Checkpoint, encoder_info, load_encoder, read_checked, write_atomic
-from self_supervised.data import tensor_dls
+from self_supervised.data import image_dls, tensor_dls
 from self_supervised.dist import world_size
 from self_supervised.layers import checkpoint_encoder, create_encoder, create_timm_encoder
 from self_supervised.queue import FeatureQueue
 from self_supervised.replay import batches_after
 from self_supervised.run_settings import run_settings
 from self_supervised.basics import rng_states
-from self_supervised.state import load_model, state_of
+from self_supervised.state import load_model, plain, restored, set_state, state_of
 from self_supervised.vision.swav import SWAV
 from self_supervised.watcher import Watcher
 
@@ -146,6 +151,122 @@ def test_a_batch_is_no_state(tmp_path):
     class Loud(SWAV): transient = (*SWAV.transient, 'loud')
     cb = Loud(augs('swav'), [0,1]); cb.loud = 1
     assert 'loud' not in state_of(cb) and set(state_of(cb))==set(state_of(SWAV(augs('swav'), [0,1])))
+
+class Noted(Watcher):
+    "State of all kinds, from which the numbers of the next step are made"
+    class Mood(Enum): low,high = 1,2
+    def __init__(self):
+        self.sums,self.seen,self.last,self.where,self.mood = np.zeros((2,3), np.float32)[:,::-1],set(),deque(maxlen=2),Path('0'),Noted.Mood.low
+        self.rng,self.rng2 = np.random.default_rng(1),random.Random(2)
+        self.rng3,self.rng4,self.weight = torch.Generator().manual_seed(3),np.random.RandomState(4),nn.Parameter(torch.zeros(1))
+        self.held = self.weight
+    def after_batch(self):
+        if not self.training: return
+        x = self.rng.random() + self.rng2.random() + float(torch.rand(1, generator=self.rng3)) + self.rng4.rand()
+        self.sums[:] = .5*self.sums+x
+        self.seen.add(round(x, 3)); self.last.append(x); self.where = Path(f'{self.sums.sum():.4f}'); self.mood = Noted.Mood(1+len(self.seen)%2)
+        with torch.no_grad(): self.weight += x
+
+def test_state_of_all_kinds(tmp_path):
+    "Arrays, sets, paths, queues, generators: what comes out is the same, and of the same kind"
+    whole,learn = check(tmp_path, cbs=[Noted])
+    a,b = whole.noted,learn.noted
+    assert np.array_equal(a.sums, b.sums) and b.sums.dtype==np.float32 and type(b.sums) is np.ndarray and a.sums.sum()>0
+    assert a.seen==b.seen and type(b.seen) is set and len(b.seen)==15
+    assert a.last==b.last and b.last.maxlen==2 and a.where==b.where and isinstance(b.where, Path) and a.mood is b.mood
+    assert torch.equal(a.weight, b.weight) and b.held is b.weight # whoever holds on to it, as an optimizer does, has it still
+    assert a.rng.random()==b.rng.random() and a.rng4.rand()==b.rng4.rand()
+
+@pytest.mark.parametrize('o', [np.arange(6).reshape(2,3), np.array(2.5), np.zeros((0,3)), np.arange(4.)[::-2], np.array([1,2], '>i4'), np.array([1,2], np.uint16), np.array([True]), np.array([1j]),
+    np.array([['a','bc']]), np.array([b'a']), {1,'a'}, frozenset({(1,2)}), Path('a/b'), deque([np.ones(2), {1}]), {'set':[1]}, {'cpu':1}, {'a':{'path':'x'}}, {Path('a'):1, 2:3}, {(Path('a'),1):np.ones(1)},
+    b'\0', 1+2j, [{1}, (Path('.'),)], None, [], {}, float('inf'), 2**70], ids=repr)
+def test_plain_and_back(tmp_path, o):
+    "Through a file, which holds tensors, numbers, strings, lists and dicts only"
+    write_atomic(plain(o), tmp_path/'x')
+    def equal(a, b):
+        if isinstance(a, np.ndarray): return type(b) is np.ndarray and a.dtype==b.dtype and a.shape==b.shape and np.array_equal(a, b)
+        if isinstance(a, (list,tuple,deque)): return type(a)==type(b) and len(a)==len(b) and all(map(equal, a, b))
+        if isinstance(a, dict): return type(b) is dict and list(a)==list(b) and all(equal(a[k], b[k]) for k in a)
+        return type(a)==type(b) and a==b
+    assert equal(o if not (isinstance(o, np.ndarray) and o.dtype.byteorder=='>') else o.astype('i4'), restored(read_checked(tmp_path/'x')))
+
+class Unknown: pass
+
+@pytest.mark.parametrize('what,named', [(np.array([None]), 'ndarray'), (np.ma.array([1,2], mask=[0,1]), 'MaskedArray'), (Unknown(), 'Unknown'), ([1, {'a':Unknown()}], 'Unknown'), (iter([1]), 'list_iterator'),
+    (torch.optim.SGD([torch.zeros(1)], .1), 'SGD'), (nn.Linear(1,1), None), (len, None), (np.less, None), ([len, nn.ReLU()], None), (tensor_dls(images(), bs=8), None), (Unknown, None), (object(), None), (os, None)],
+    ids=lambda o: type(o).__name__ if o is not None and not isinstance(o, str) else str(o))
+def test_what_is_left_out_is_named(tmp_path, what, named):
+    "Once, with callback, attribute and class; tools are none of it"
+    class Held(Watcher):
+        def __init__(self): self.thing = what
+    learn = make(tmp_path, steps=1, cbs=[Held])
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('always')
+        fit(learn, 1)
+    said = [str(o.message) for o in w if 'checkpoint' in str(o.message)]
+    assert len(said)==bool(named) and (not named or f'Held.thing holds a {named}' in said[0])
+    class Passing(Held): transient = ('thing',)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        state_of(Passing())
+
+def test_callbacks_make_no_noise(tmp_path):
+    "Those of fastai, and ours, hold nothing that is named"
+    from fastai.callback.all import CSVLogger, ReduceLROnPlateau, TerminateOnNaNCallback
+    from self_supervised.diagnostics import CollapseMonitor
+    labelled = tensor_dls((images(),torch.arange(40)%2), (images(12),torch.arange(12)%2), bs=8)
+    from self_supervised.online import OnlineKNN
+    some = [partial(CSVLogger, tmp_path/'x.csv'), ReduceLROnPlateau, TerminateOnNaNCallback, CollapseMonitor, partial(OnlineKNN, labelled), partial(SaveModelCallback, with_opt=False), EarlyStoppingCallback, GradientClip]
+    for name in methods.methods:
+        with warnings.catch_warnings(record=True) as w:
+            warnings.simplefilter('always')
+            fit(make(tmp_path/name, name, steps=1, cbs=some), 1)
+        assert not [o for o in w if 'checkpoint' in str(o.message)]
+
+def test_devices():
+    "What was on the CPU beside a model on a GPU stays there, all else goes to the model; here the other device is `meta`"
+    class Bank(Callback):
+        def __init__(self): self.bank,self.counts = torch.ones(2),[torch.tensor(1.),torch.tensor(2.)]
+    cb = Bank()
+    on_gpu,on_cpu = state_of(cb, 'cuda'),state_of(cb)
+    for saved,want in ((on_gpu, 'cpu'), (on_cpu, 'meta')):
+        set_state(cb, saved, 'meta')
+        assert {o.device.type for o in (cb.bank, *cb.counts)}=={want}
+    set_state(cb, {'counts':{'stacked':torch.ones(2)}}, 'meta') # as version 0.8 wrote it
+    assert len(cb.counts)==2 and cb.counts[0].device.type=='meta'
+
+def test_recorder_stays_on_the_cpu(tmp_path, monkeypatch):
+    "fastai's numbers are there whatever the model is on; else `plot_loss` would fail after a run that went on"
+    at = {}
+    old = checkpoint.set_state
+    monkeypatch.setattr(checkpoint, 'set_state', lambda o, s, device='cpu': (at.__setitem__(type(o), device), old(o, s)))
+    monkeypatch.setattr(checkpoint, '_device', lambda m: torch.device('meta'))
+    monkeypatch.setattr(checkpoint, 'state_of', lambda o, device='cpu': state_of(o))
+    monkeypatch.setattr(checkpoint, 'restored', lambda o, device='cpu': restored(o))
+    learn = make(tmp_path); fit(learn)
+    again = make(tmp_path); again.resume(); fit(again)
+    assert at[Recorder]=='cpu' and at[SWAV]==torch.device('meta') and at[TrainEvalCallback]==torch.device('meta')
+    again.recorder.plot_loss()
+
+def test_generators_of_gpus():
+    "A process has the generator of its own GPU again, on a node of more or fewer"
+    for (n_then,gpu),(n_now,own) in (((8,3),(1,0)), ((1,0),(8,5)), ((8,3),(8,3)), ((8,3),(2,1))):
+        got = checkpoint._gpu_states([f'{i}' for i in range(n_then)], gpu, own, n_now)
+        assert len(got)==n_now and got[own]==f'{gpu}'
+    assert checkpoint._gpu_states([], 0, 0, 2)==[] # saved without
+
+def test_validation_changes_nothing_that_is_saved_before_it(tmp_path):
+    "An array or a tensor of a callback that validation writes into"
+    class Counted(Watcher):
+        def __init__(self): self.n,self.m = torch.zeros(1),np.zeros(1)
+        def after_batch(self): self.n += 1; self.m += 1
+    learn = make(tmp_path, cbs=[Counted]); seen = []
+    class Look(Watcher):
+        order = 101
+        def after_batch(self):
+            if not self.training and self.learn.checkpoint._end: seen.append(deepcopy(self.learn.checkpoint._end['cbs']['counted']))
+    learn.add_cb(Look()); fit(learn, 1)
+    assert learn.counted.n==7 and seen and all(o['n']==5 and o['m']['array']==5 for o in seen)
 
 class Scaled(Watcher):
     "Stands in for `MixedPrecision`, whose scaler does nothing without a GPU"
@@ -299,6 +420,192 @@ def test_other_settings(tmp_path, kwargs, n, msg):
     again.resume(override=names); fit(again, n) # allowed by the names that the refusal shows
     assert again.epoch==n-1 and np.isfinite(again.recorder.losses[-1])
     if 'swav.K' in names: assert again.swav.K==8 and again.model.queue.feats.shape[1]==8
+
+# Other images, other layers
+
+def files(folder, n=20, seed=0, size=20):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n): Image.fromarray(np.random.default_rng([seed,i]).integers(0, 255, (size,size), dtype=np.uint8)).save(folder/f'{i:02}.png')
+    return folder
+
+def from_files(folder, **kwargs): return lambda: image_dls(folder, **{**dict(size=16, bs=4, n_in=1, num_workers=0), **kwargs})
+
+def interrupted(folder, dls, n=3, **kwargs):
+    learn = make(folder, dls=dls, steps=1, **kwargs); learn.add_cb(Die('after_pred', n))
+    with pytest.raises(KeyboardInterrupt): fit(learn)
+
+def resumed(folder, dls, override=(), **kwargs):
+    learn = make(folder, dls=dls, **kwargs); learn.resume(override); fit(learn)
+    return learn
+
+class Pairs(torch.utils.data.Dataset):
+    "A dataset of PyTorch"
+    def __init__(self, n=20, size=16): self.n,self.size = n,size
+    def __len__(self): return self.n
+    def __getitem__(self, i): return torch.full((1,self.size,self.size), i, dtype=torch.uint8),0
+class Held(Pairs):
+    def __init__(self, x): self.data = x.numpy(); self.n = len(x)
+    def __getitem__(self, i): return torch.tensor(self.data[i]),0
+def torch_dls(ds, **kwargs): return lambda: DataLoaders(torch.utils.data.DataLoader(ds, **{**dict(batch_size=4, shuffle=True), **kwargs}), [])
+def half(ds, seed): return torch.utils.data.Subset(ds, np.random.default_rng(seed).permutation(20)[:12])
+def images2(n=20, seed=1, **kwargs): return images(n)//2 if seed else images(n)
+def in_table(nm): return Datasets(__import__('pandas').DataFrame({'file':[f'{nm}/{i}.png' for i in range(20)], 'n':range(20)}), [[lambda r: images()[r['n']]]]).dataloaders
+def by_items(splits): return lambda: Datasets(list(range(20)), [[lambda i: images()[i]]], splits=splits).dataloaders(bs=4, device='cpu')
+
+@pytest.mark.parametrize('was,now,named', [
+    (from_files('a'), from_files('b'), 'data.sizes'), (from_files('a'), from_files('c'), 'images: 20 → 24'), (from_files('a'), from_files('d'), 'data.names'),
+    (from_files('a'), from_files('a', size=12), r'item\[0\]\[1\]: 16 → 12'),
+    (from_files('a', valid_pct=.4, seed=1), from_files('a', valid_pct=.4, seed=2), 'data.names'),
+    (lambda: tensor_dls(images(), bs=8), lambda: tensor_dls(images2(40), bs=8), 'data.pixels'), (lambda: tensor_dls(images(), bs=8), lambda: tensor_dls(images().repeat(1,1,2,2), bs=8), r'item\[0\]\[1\]: 14 → 28'),
+    (lambda: tensor_dls(images(), bs=8), lambda: tensor_dls(images()/255, bs=8), 'torch.uint8 → torch.float32'),
+    (torch_dls(Pairs()), torch_dls(Pairs(24), batch_size=4, drop_last=True), 'data.n: 20 → 24'), (torch_dls(Pairs()), torch_dls(Pairs(size=20)), r'item\[0\]\[1\]: 16 → 20'),
+    (torch_dls(Held(images(20))), torch_dls(Held(images2())), 'data.pixels'), (torch_dls(half(Pairs(), 1)), torch_dls(half(Pairs(), 2)), 'data.indices'),
+    (torch_dls(Pairs()), torch_dls(Pairs(), shuffle=False), r'loader\[1\]: True → False'),
+    (torch_dls(torch.utils.data.ConcatDataset([Held(images(10)),Held(images(10))])), torch_dls(torch.utils.data.ConcatDataset([Held(images(10)),Held(images2(10))])), r'data.parts\[1\].pixels'),
+    (by_items([list(range(12)), [12]]), by_items([list(range(8,20)), [1]]), 'data.values'),
+    (lambda: in_table('a')(bs=4, device='cpu'), lambda: in_table('b/c/../d')(bs=4, device='cpu'), None), (lambda: in_table('a')(bs=4, device='cpu'), lambda: in_table('a/x')(bs=4, device='cpu'), None)],
+    ids='files more names size split pixels shape dtype torch-n torch-size torch-data subset order concat items moved-table deeper-table'.split())
+def test_other_images(tmp_path, monkeypatch, was, now, named):
+    monkeypatch.chdir(tmp_path)
+    files(tmp_path/'a'); files(tmp_path/'b', seed=1); files(tmp_path/'c', 24); files(tmp_path/'d')
+    (tmp_path/'d'/'07.png').rename(tmp_path/'d'/'7.png')
+    kwargs = dict(loss_func=nn.MSELoss())
+    interrupted(tmp_path/'run', was, **kwargs)
+    if named is None: return resumed(tmp_path/'run', now, **kwargs)
+    with pytest.raises(ValueError, match='other settings(.|\n)*  '+named.replace('torch.uint8 →', '.*torch.uint8 →')) as e: resumed(tmp_path/'run', now, **kwargs)
+    names = json.loads(str(e.value).split('override=')[1].rstrip(')').replace("'", '"'))
+    assert set(names)<={'data','item','loader'}
+    learn = resumed(tmp_path/'run', now, names, **kwargs)
+    assert learn.epoch==2 and learn.checkpoint.last_saved==learn.checkpoint.files[-1]
+
+def test_moved_and_grown(tmp_path):
+    "The folder may move, a link may stand for it; a run goes on exactly"
+    files(tmp_path/'a'/'x'/'y')
+    whole = make(tmp_path/'whole', dls=from_files(tmp_path/'a')); fit(whole)
+    interrupted(tmp_path/'run', from_files(tmp_path/'a'))
+    (tmp_path/'a').rename(tmp_path/'b'); (tmp_path/'c').symlink_to(tmp_path/'b')
+    assert same(outcome(whole), outcome(resumed(tmp_path/'run', from_files(tmp_path/'c'))))
+
+def test_to_look_at_an_item_leaves_no_trace(tmp_path):
+    "Neither in the generators, nor in a dataset that is read by workers; and an item that cannot be had is no error"
+    read = []
+    class Watched(Pairs):
+        bad = False
+        def __getitem__(self, i):
+            read.append(i)
+            if self.bad: raise OSError('broken')
+            return torch.full((1,16,16), int(torch.randint(9, (1,)))+random.randint(0,9)+np.random.randint(9), dtype=torch.uint8),0
+    learn = make(tmp_path, dls=torch_dls(Watched()), loss_func=nn.MSELoss())
+    learn.n_epoch = 1; learn.create_opt()
+    before = deepcopy(rng_states([]))
+    assert run_settings(learn)['item']==[[1,16,16], 'torch.uint8'] and read==[0] and same(before, rng_states([]))
+    Watched.bad = True
+    assert run_settings(learn)['item'] is None and same(before, rng_states([]))
+    learn.dls = torch_dls(Watched(), num_workers=1)(); read.clear()
+    assert run_settings(learn)['item'] is None and not read # it might open its file here, and use it in the worker
+
+def test_other_images_begin_the_epoch_anew(tmp_path, capsys):
+    "Allowed, 12 of 20 images are left: the epoch that was interrupted has 3 batches of them, and so have those that follow; in validation it is not begun again"
+    files(tmp_path/'a')
+    for nth,want in ((8,[0,1,2]*2), (14,[0,1,2])): # in the second epoch, after two of five batches; in the second, within the validation of the first
+        run = tmp_path/f'run{nth}'
+        files(tmp_path/'a')
+        learn = make(run, dls=from_files(tmp_path/'a'), steps=1); learn.add_cb(Die('after_pred', nth if nth==8 else 11))
+        if nth==14: learn.add_cb(Die('after_epoch', 1))
+        with pytest.raises(KeyboardInterrupt): fit(learn)
+        for i in range(12, 20): (tmp_path/'a'/f'{i}.png').unlink()
+        seen = []
+        class Look(Watcher):
+            def after_batch(self):
+                if self.training: seen.append((self.epoch, self.iter, round(self.pct_train, 6)))
+        again = make(run, dls=from_files(tmp_path/'a')); again.add_cb(Look()); again.resume('data'); fit(again)
+        assert [o[:2] for o in seen]==[(e,i) for e in (1,2) for i in range(3)]
+        assert [o[2] for o in seen]==pytest.approx([(e+(i+1)/3)/3 for e in (1,2) for i in range(3)], abs=1e-5) # the schedule is where the epochs are
+        assert ('epoch 1 begins anew' in capsys.readouterr().out)==(nth==8)
+
+def test_what_is_kept_for_each_image(tmp_path):
+    "is not put back when images are others"
+    class Bank(Watcher):
+        per_image = ('bank',)
+        def __init__(self): self.bank,self.n = None,0
+        def before_train(self):
+            if self.bank is None: self.bank = torch.zeros(self.dls.train.n)
+        def after_batch(self): self.n += 1; self.bank += self.training
+    interrupted(tmp_path/'run', lambda: tensor_dls(images(), bs=8), 4, cbs=[Bank])
+    learn = resumed(tmp_path/'run', lambda: tensor_dls(images(24), bs=8), 'data', cbs=[Bank])
+    assert learn.bank.bank.tolist()==[9]*24 and learn.bank.n==3+9
+
+@pytest.mark.parametrize('change,named', [(lambda m: m.encoder.__setitem__(2, nn.SiLU()), r'model.encoder.2: ReLU\(\) → SiLU\(\)'), (lambda m: m.encoder.__setitem__(3, nn.Dropout(.5)), r'model.encoder.3: Dropout\(p=0.2.* → Dropout\(p=0.5'),
+    (lambda m: m.encoder.__setitem__(4, nn.AdaptiveMaxPool2d(1)), 'AdaptiveAvgPool2d.* → AdaptiveMaxPool2d'), (lambda m: setattr(m.encoder[1], 'eps', 1e-3), 'eps=1e-05.* → .*eps=0.001'),
+    (lambda m: m.encoder.append(nn.Identity()), r'model.encoder.7: None → Identity\(\)')], ids=['activation','dropout','pool','eps','more'])
+def test_other_layers(tmp_path, change, named):
+    "that have no weights to tell them by"
+    learn = make(tmp_path); learn.add_cb(Die('after_pred', 7))
+    with pytest.raises(KeyboardInterrupt): fit(learn)
+    other = make(tmp_path); change(other.model); other.resume()
+    with pytest.raises(ValueError, match=named) as e: fit(other)
+    assert str(e.value).endswith("learn.resume(override=['model'])")
+    other = make(tmp_path); change(other.model); other.resume('model'); fit(other)
+
+def test_wrappers_come_and_go(tmp_path):
+    "`torch.compile`, of the whole or a part, and gradient checkpointing are no other layers: the run is the same"
+    whole = make(tmp_path/'whole'); fit(whole)
+    def compiled(learn): learn.model = torch.compile(learn.model, backend='eager')
+    def checkpointed(learn): learn.model.encoder = checkpoint_encoder(learn.model.encoder)
+    for i,(first,then) in enumerate(((compiled, checkpointed), (checkpointed, compiled))):
+        folder = tmp_path/f'{i}'
+        learn = make(folder); first(learn); learn.add_cb(Die('after_pred', 7))
+        with pytest.raises(KeyboardInterrupt): fit(learn)
+        learn = make(folder, seed=1); then(learn); learn.resume(); fit(learn)
+        got = {k.removeprefix('_orig_mod.'):v for k,v in learn.model.state_dict().items()}
+        assert all(torch.allclose(v, got[k], atol=1e-5) for k,v in whole.model.state_dict().items())
+
+def test_long_differences_are_cut(tmp_path):
+    learn = make(tmp_path); fit(learn)
+    a = run_settings(learn)
+    b = {**a, 'model':{f'{i}':'x' for i in range(99)}}
+    with pytest.raises(ValueError, match='and [0-9]+ more\n') as e: checkpoint.check_settings(a, b, [], 'x')
+    assert len(str(e.value).splitlines())<25
+
+def test_checkpoint_of_an_earlier_version(tmp_path):
+    "It knows neither images nor layers, and of a loader of PyTorch neither size nor batch: it goes on, with one notice"
+    for dls,kwargs in ((None, {}), (torch_dls(Pairs()), dict(loss_func=nn.MSELoss()))):
+        folder = tmp_path/str(dls is None)
+        interrupted(folder, dls, **kwargs)
+        f = max(folder.glob('*.ckpt')); s = read_checked(f)
+        for k in ('data','item','loader','model'): del s['settings'][k]
+        if dls: s['settings'] |= dict(images=None, bs=None)
+        write_atomic(s, f)
+        with pytest.warns(UserWarning, match='whether they are the same is not known'): resumed(folder, dls, **kwargs)
+
+
+# A run that has diverged
+
+def spoil(what):
+    class Spoil(Watcher):
+        def after_step(self):
+            if self.train_iter!=8: return
+            with torch.no_grad():
+                if what=='weight': self.model.encoder[0].weight[0] = float('nan')
+                elif what=='infinite': self.model.encoder[0].weight[0] = float('inf')
+                elif what=='buffer': self.model.encoder[1].running_mean[0] = float('nan')
+                else: next(v for s in self.opt.state.values() for v in s.values() if isinstance(v, torch.Tensor) and v.ndim)[0] = float('nan')
+    return Spoil
+
+@pytest.mark.parametrize('what', ['weight','infinite','buffer','optimizer'])
+def test_diverged(tmp_path, what):
+    "is not saved, and no good file makes room for it; the last one is named"
+    learn = make(tmp_path, cbs=[spoil(what)])
+    assert learn.checkpoint.last_saved is None
+    with pytest.raises(FloatingPointError, match='diverged.*The last good checkpoint is .*fit01-step000000006.ckpt'): fit(learn)
+    assert [int(o.stem[-9:]) for o in learn.checkpoint.files]==[3,6] and learn.checkpoint.last_saved.name=='fit01-step000000006.ckpt'
+    again = make(tmp_path); again.resume(); fit(again)
+    assert all(o.isfinite().all() for o in again.model.state_dict().values())
+
+def test_infinite_masks_are_no_divergence(tmp_path):
+    learn = make(tmp_path)
+    learn.model.encoder[0].register_buffer('mask', torch.tensor([0., -float('inf')]))
+    learn.checkpoint.learn.create_opt(); learn.checkpoint._check_finite()
 
 def test_other_schedule(tmp_path):
     learn = make(tmp_path); learn.add_cb(Die('after_pred', 7))
@@ -536,6 +843,56 @@ def test_second_signal(tmp_path):
     assert learn.checkpoint.stopped=='SIGUSR1' and learn.checkpoint.files and signal.getsignal(signal.SIGTERM)==before
     assert len(learn.recorder.losses)==1
     assert len(learn.validate())==1 # is no fit to be stopped
+
+def test_no_fit_after_a_signal(tmp_path, capsys):
+    "The next fit of the script does not start; in a new process, and after `resume`, all goes on; `validate` is no fit"
+    class Once(Watcher):
+        def after_pred(self):
+            if self.training and self.train_iter==2: os.kill(os.getpid(), signal.SIGUSR1)
+    def script(learn): fit(learn, 1); fit(learn, 2)
+    whole = make(tmp_path/'whole'); script(whole)
+    learn = make(tmp_path/'run', cbs=[Once]); fit(learn, 1)
+    weights,saved = outcome(learn)['weights'],learn.checkpoint.files
+    fit(learn, 2)
+    assert same(weights, outcome(learn)['weights']) and learn.checkpoint.files==saved and learn.checkpoint.stopped=='SIGUSR1'
+    assert 'This fit does not start: SIGUSR1 has stopped the one before' in capsys.readouterr().out
+    assert len(learn.validate())==1
+    assert same(outcome(whole), outcome(go_on(tmp_path/'run', script)))
+    learn.remove_cb(Once); learn.resume(); script(learn)
+    assert same(outcome(whole)['weights'], outcome(learn)['weights']) and learn.checkpoint.stopped is None
+
+def test_a_learner_whose_checkpoint_is_gone_is_free_again(tmp_path):
+    class Once(Watcher):
+        def after_pred(self):
+            if self.training and self.train_iter==2: os.kill(os.getpid(), signal.SIGUSR1)
+    learn = make(tmp_path, cbs=[Once]); fit(learn, 1)
+    learn.remove_cbs([learn.checkpoint, learn.once]); fit(learn, 1)
+    assert len(learn.recorder.losses)==5
+
+def _first_decides(folder):
+    "Of two processes the second does not see the newest file, or none; or the first sees none: all go on with what the first sees"
+    losses = []
+    for hide in ('newest', 'all', 'first'):
+        learn = make(folder/'run', seed=5)
+        cb,f = learn.checkpoint,(folder/'run').glob('*.ckpt')
+        shown = {('newest',1):sorted(f)[:1], ('all',1):[], ('first',0):[]}.get((hide,tdist.get_rank()))
+        if shown is not None:
+            class Blind(Checkpoint):
+                @property
+                def files(self): return L(shown)
+            cb.__class__ = Blind
+        cb.steps = None
+        cb.save = lambda: None
+        learn.resume(missing_ok=True)
+        with learn.distrib_ctx(in_notebook=False): fit(learn)
+        losses.append((len(learn.recorder.losses), learn.model.encoder[0].weight.detach().clone()))
+    return losses
+
+@pytest.mark.slow
+def test_first_process_decides(tmp_path):
+    assert wait(start(2, tmp_path, ('after_pred', 7)))[0]
+    (a,b) = processes.on_ranks(_first_decides, tmp_path, 2)
+    assert [n for n,_ in a]==[n for n,_ in b] and all(torch.equal(x, y) for (_,x),(_,y) in zip(a, b))
 
 def test_weights_of_a_callback(tmp_path):
     "What others do to the weights when a fit begins is undone"

@@ -285,7 +285,6 @@ def test_linear_probe_few_labels(pixels):
     res = linear_probe(*pixels, n_per_class=5, seeds=3, C=.1)
     assert res.runs==[float(linear_probe(sample_per_class(pixels[0], 5, seed=i), pixels[1], C=.1)) for i in range(3)]
     assert res.accuracy==mean(res.runs) and res.std==stdev(res.runs)>0 and res.settings['train']==50
-    assert len(linear_probe(*pixels, seeds=3, max_iter=3).runs)==1 # nothing to draw
 
 def test_linear_probe_known_answer():
     assert float(linear_probe(clusters(), clusters(40, seed=1)))==1.
@@ -347,6 +346,7 @@ def record(monkeypatch):
     monkeypatch.setattr(Learner, 'fit', _fit)
     return steps
 
+@pytest.mark.filterwarnings('ignore:after training the loss')
 def test_protocols(monkeypatch):
     "The figures of the official code, at every step"
     steps = record(monkeypatch)
@@ -414,6 +414,21 @@ def test_a_last_batch_of_one():
     m = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(4))
     fine_tune(m, tensor_dls(shapes(18), shapes(8, 1), bs=4), pct=1., epochs=1, bs=17)
 
+@pytest.mark.parametrize('stats', [None, ([.4],[.2])])
+def test_views_that_the_loader_draws(stats, monkeypatch):
+    "`resize_scale=None`: every image goes in as the loader gives it, neither cut nor mirrored; bytes become floats, normalised or not"
+    fit,seen = Learner.fit,[]
+    class Look(Callback):
+        order = 70
+        def before_batch(self): seen.extend(zip(self.xb[0].clone(), self.yb[0].tolist()))
+    monkeypatch.setattr(Learner, 'fit', lambda self, *a, **k: fit(self.add_cb(Look()), *a, **k))
+    x,y = shapes(8)
+    for dls in (tensor_dls((x,y), shapes(8, 1), bs=4), DataLoaders.from_dsets(list(zip(x,y)), list(zip(*shapes(8, 1))), bs=4, num_workers=0)):
+        seen.clear()
+        r = sgd_probe(Halves(), dls, epochs=1, bs=3, resize_scale=None, stats=stats)
+        want = {(str(((o/255-.4)/.2 if stats else o/255).numpy().round(4)), int(c)) for o,c in zip(x,y)}
+        assert {(str(o.numpy().round(4)), c) for o,c in seen}==want and r.settings['size'] is None and r.settings['resize_scale'] is None
+
 def test_normalised_as_in_pretraining(monkeypatch):
     "The statistics of the Learner's views, for training views and test images alike"
     augs = get_swav_aug_pipelines((2,),(8,),(.5,),(1.,), jitter=False, bw=False, blur=False, stats=([.4],[.2]))
@@ -437,6 +452,7 @@ def test_compare():
     assert list(res['pixels'])==['k-NN(3)', 'linear, all labels']
     with pytest.raises(ValueError, match="'pixels' is a Flatten.*pass labelled `dls`"): compare({'pixels': nn.Flatten()})
     with pytest.raises(TypeError, match="'a' must be an encoder"): compare(dict(a=.5))
+    with pytest.raises(TypeError, match='k, dls: for evaluate, but there is no encoder'): compare(dict(a=a), labelled(), k=3)
     with pytest.raises(ValueError, match="'a' has several results of one protocol"): compare(dict(a=[a,a]))
 
 
@@ -461,11 +477,13 @@ def labelled(x=None, **kw): return tensor_dls(*([shapes(16), shapes(8)] if x is 
     (lambda: knn(nn.Flatten(), labelled().train), 'dls is a TensorDL'), (lambda: knn(nn.Flatten()), 'dls is a NoneType'),
     (lambda: knn(nn.Flatten(), tensor_dls(shapes(16), bs=4)), 'empty'), (lambda: knn(nn.Flatten(), labelled((shapes(16)[0],shapes(8)[0])), k=1), 'train has no labels'),
     (lambda: linear_probe(d, (d[0],d[1][:-1])), 'test has 8 features and 7 labels'), (lambda: linear_probe(d, None), 'test is None'),
-    (lambda: linear_probe(d, d, C=0), 'C=0 must be positive'), (lambda: linear_probe(d, d, seeds=0), 'seeds=0'), (lambda: linear_probe(d, d, n_per_class=3), 'n=3'), (lambda: linear_probe(d, d, n_per_class=0), 'n=0'),
+    (lambda: linear_probe(d, d, C=0), 'C=0 must be positive'), (lambda: linear_probe(d, d, seeds=0), 'seeds=0'), (lambda: linear_probe(d, d, seeds=3), 'seeds=3: on all labels.*n_per_class'),
+    (lambda: linear_probe(nn.Flatten(), labelled(), seeds=3), 'seeds=3'), (lambda: linear_probe(d, d, n_per_class=3), 'n=3'), (lambda: linear_probe(d, d, n_per_class=0), 'n=0'),
     (lambda: sample_per_class(d, 3), 'n=3.*the smallest class has 2'), (lambda: sample_per_class(d, 0), 'n=0'),
     (lambda: sgd_probe(Halves(), labelled(), schedule='linear'), "schedule='linear' must be one of cosine, step"), (lambda: sgd_probe(Halves(), labelled(), epochs=0), 'epochs=0'),
     (lambda: sgd_probe(Halves(), labelled(), lr=0), 'linear layer, 0, must be positive'), (lambda: sgd_probe(Halves(), [[shapes(8)],[shapes(8)]]), 'dls.train is a list.*give a DataLoader of fastai'),
     (lambda: sgd_probe(Halves(), labelled((shapes(16)[0],shapes(8)[0]))), 'has no labels'), (lambda: sgd_probe(Halves(), tensor_dls(shapes(16), bs=4)), 'is empty'),
+    (lambda: sgd_probe(Halves(), labelled(), size=8, resize_scale=None), 'size=8: .*views already'),
     (lambda: fine_tune(Halves(), labelled()), 'pct=None, n_per_class=None: give one'), (lambda: fine_tune(Halves(), labelled(), pct=.1, n_per_class=3), 'give one'),
     (lambda: fine_tune(Halves(), labelled(), pct=10), 'pct=10'), (lambda: fine_tune(Halves(), labelled(), n_per_class=9), 'n=9.*the smallest class has 8'),
     (lambda: fine_tune(Halves(), labelled(), pct=.1, lr=0), 'lr=0 must be positive'), (lambda: fine_tune(Halves(), labelled(), pct=0), 'pct=0'), (lambda: fine_tune(Halves(), labelled(), n_per_class=0), 'n_per_class=0')])

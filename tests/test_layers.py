@@ -226,7 +226,7 @@ def test_probe_leaves_no_trace():
 
 def test_plain_modules():
     m = Noisy()
-    assert create_encoder(m, pretrained=True, n_in=7) is m and encoder_channels(m) == 2
+    assert create_encoder(m) is m and create_encoder(m, pretrained=False, n_in=2) is m and create_encoder(nn.Flatten(), n_in=7) and encoder_channels(m) == 2
     mlp = nn.Sequential(nn.Flatten(), nn.Linear(3*8*8, 11))
     assert encoder_dim(mlp, 8, 3) == 11
     assert encoder_dim(mlp.double(), 8, 3) == 11
@@ -245,6 +245,10 @@ def test_what_is_no_encoder(m, kw, msg):
 def test_wrong_arguments():
     with pytest.raises(ValueError, match='low_resolution'): create_encoder(Noisy(), low_resolution=True)
     with pytest.raises(ValueError, match='drop_rate'):      create_encoder(Noisy(), drop_rate=.1)
+    for kw in (dict(pretrained=True), dict(n_in=7), dict(pool_type='avg')): # what a name can be given is never dropped in silence
+        with pytest.raises(ValueError, match=f'already built: change it itself instead of passing {[*kw][0]}'): create_encoder(Noisy(), **kw)
+    with pytest.raises(ValueError, match='instead of passing pretrained'): create_model(Noisy(), 3, pretrained=True)
+    assert create_model(Noisy(), 3, n_in=2)[1]
     for bad in (Noisy, 3, None):
         with pytest.raises(TypeError, match='already built'): create_encoder(bad)
     for make in (create_encoder, create_fastai_encoder, create_timm_encoder):
@@ -271,6 +275,29 @@ def test_mlp(bn, nlayers, types, szs):
 @pytest.mark.parametrize('n', [0,-1])
 def test_mlp_without_layers(n):
     with pytest.raises(ValueError, match=f'nlayers={n}'): create_mlp_module(6, 5, 3, nlayers=n)
+
+@pytest.mark.parametrize('nlayers', [1,2,3])
+def test_projector_with_batch_norm_to_its_end(nlayers):
+    "Outputs have mean 0 and the length of the last layer's scale; a shift is learnt by the middle ones only, and linear layers have none"
+    m = create_mlp_module(6, 5, 3, bn=True, nlayers=nlayers, last_bn=True)
+    assert [type(o) for o in m]==[L1,BN,R]*(nlayers-1)+[L1,BN] and not any(o.bias is not None for o in m if isinstance(o, L1))
+    assert [o.bias.requires_grad for o in m if isinstance(o, BN)]==[True]*(nlayers-1)+[False]
+    opt,x = torch.optim.SGD([p for p in m.parameters() if p.requires_grad], .01, weight_decay=.1),torch.randn(32,6)
+    for _ in range(3): opt.zero_grad(); (m(x)+1).square().mean().backward(); opt.step()
+    z = m(x)
+    assert z.mean(0).abs().max()<1e-5 and torch.allclose(z.std(0, correction=0), m[-1].weight.abs(), atol=1e-3) and not m[-1].bias.any()
+    with pytest.raises(ValueError, match='goes with bn=True'): create_mlp_module(6, 5, 3, last_bn=True)
+
+def test_projector_of_several_widths():
+    assert [o.out_features for o in create_mlp_module(6, (5,4), 3, bn=True, nlayers=3) if isinstance(o, L1)]==[5,4,3]
+    with pytest.raises(ValueError, match=r'hidden_size=\(5, 4\) are 2 numbers, and nlayers=2'): create_mlp_module(6, (5,4), 3)
+
+def test_wide_resnets_begin_as_the_official_ones():
+    "All residual branches have a scale of 1 (timm's own begin at 0)"
+    norms = [o for o in create_timm_encoder('resnet50w2', pretrained=False, pool_type='avg').modules() if isinstance(o, nn.BatchNorm2d)]
+    assert len(norms)==53 and all((o.weight==1).all() and not o.bias.any() for o in norms)
+    own = create_timm_encoder('resnet50w2', pretrained=False, pool_type='avg', zero_init_last=True)
+    assert not own.layer2[1].bn3.weight.any() # for who wants it
 
 @pytest.mark.parametrize('kw', [{}, dict(lin_ftrs=[7,8]), dict(lin_ftrs=[]), dict(ps=.2), dict(ps=0.), dict(ps=[.1,.2]), dict(first_bn=False), dict(bn_final=True),
     dict(lin_first=True), dict(lin_first=True, lin_ftrs=[7,8], ps=[.1,.2,.3]), dict(lin_first=True, lin_ftrs=[]), dict(y_range=(0,5)), dict(lin_first=True, bn_final=True, y_range=(-1,1))])

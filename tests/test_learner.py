@@ -359,7 +359,7 @@ def test_wrong_pipelines(name):
     (lambda nm: learner(nm, m=encoder()), 'the model is a Sequential, and .* trains a .*Model: make it with create_{}_model'),
     (lambda nm: learner(nm, m=model(nm, 3)), 'have 1 channels.*takes 3.*n_in=1'),
     (lambda nm: learner(nm, loaders(nm, images(8), bs=1)), 'bs=1.*batch norm.*bs=2'),
-    (lambda nm: learner(nm, tensor_dls(images(), bs=8), metrics=accuracy), 'metrics accuracy.*this data has none.*Leave `metrics` out'),
+    (lambda nm: learner(nm, tensor_dls(images(), bs=8), metrics=accuracy), 'metrics accuracy.*this data has no labels.*Leave `metrics` out'),
     (lambda nm: learner(nm, loaders(nm, torch.full((16,1,14,14), float('nan')))), 'NaN'),
     (lambda nm: learner(nm, DataLoaders(_dl(torch.rand(16,14))), loss_func=nn.Identity()), r'shape \(B,C,H,W\)'),
     (lambda nm: learner(nm, cb=callback(nm, augs(nm, stats=imagenet_stats))), 'stats=None'),
@@ -419,7 +419,7 @@ def test_queue_longer_than_the_data():
 
 @each_method
 def test_images_outside_0_1(name):
-    assert any('leave Normalize out' in o for o in notices(learner(name, loaders(name, torch.randn(16,1,14,14), bs=8))))
+    with pytest.raises(ValueError, match='67 %.*leave Normalize out'): quiet(learner(name, loaders(name, torch.randn(16,1,14,14, generator=torch.Generator().manual_seed(0)), bs=16)), 1)
 
 @each_method
 def test_launched_on_several_processes_without_distrib_ctx(name, monkeypatch):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import reference
-from self_supervised import encoders
+from self_supervised import encoders, modules
 from self_supervised.data import tensor_dls
 from self_supervised.dist import rank
 from self_supervised.modules import SSLOutput, SimCLRModule, SwAV, SwAVModule
@@ -155,14 +155,26 @@ def test_wrong_arguments():
         with pytest.raises(ValueError, match=msg): SwAVModule(encoder(), dims, K, **kw)
     with pytest.raises(ValueError, match='temperature=0'): SimCLRModule(encoder(), dims, temperature=0)
     for cls in (SwAVModule, SimCLRModule):
-        with pytest.raises(ValueError, match=r'projector_dims=\(8,\) must be two numbers'): cls(encoder(), (8,))
+        with pytest.raises(ValueError, match=r'projector_dims=\(8,\) must be two numbers or more'): cls(encoder(), (8,))
         with pytest.raises(ValueError, match='already built'): cls(encoder(), dims, low_resolution=True)
         with pytest.raises(ValueError, match='not a name timm knows'): cls('no_such_net', dims)
 
 
 # Encoders
 
-def test_other_name(): assert SwAV is SwAVModule
+def test_other_names():
+    assert SwAV is SwAVModule and modules.SimCLR is SimCLRModule
+    assert 'SimCLR' not in modules.__all__ # where both are imported, the name is the callback's
+
+@pytest.mark.parametrize('nm', ['swav','simclr'])
+@pytest.mark.parametrize('widths', [(16,8), (16,16,8), (16,12,8), [20,16,12,8]])
+def test_projectors_of_any_depth(nm, widths):
+    cls = {'swav':partial(SwAVModule, n_prototypes=K), 'simclr':SimCLRModule}[nm]
+    m = cls(encoder(), projector_dims=widths)
+    assert [o.out_features for o in m.projector if isinstance(o, nn.Linear)]==list(widths)
+    out = call(m, views())
+    out.loss.backward()
+    assert out.projection.shape==(12,8) and all(p.grad is not None for p in m.projector.parameters())
 
 def test_encoders_by_name():
     r = SwAVModule('resnet10t', dims, K, n_in=1)

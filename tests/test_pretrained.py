@@ -1,14 +1,15 @@
 "Released weights, in files of their layout that are written here, against torchvision's ResNet-50 and a plain ResNet of any width; nothing is fetched"
-import io, re
+import gzip, io, re, shutil, tarfile, zipfile
 from urllib.error import URLError
 
-import pytest, timm, torch, torchvision
+import numpy as np, pytest, timm, torch, torchvision
 from fastai.learner import Learner
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
 from methods import quiet
-from self_supervised.all import SWAV, create_encoder, create_model, create_timm_encoder, get_swav_aug_pipelines, load_encoder, tensor_dls
+from self_supervised.all import SWAV, create_encoder, create_model, create_timm_encoder, create_simclr_model, get_swav_aug_pipelines, load_encoder, tensor_dls
 from self_supervised.methods import ssl_methods
 from self_supervised.layers import CheckpointSequential
 from self_supervised.pretrained import create_official_model, to_layout, load_official, official_weights, read_official
@@ -206,13 +207,64 @@ def test_without_the_module_that_knows_them(monkeypatch):
 
 def test_no_network(monkeypatch):
     def fail(*args, **kwargs): raise URLError('no route')
-    monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', fail)
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', fail)
     with pytest.raises(OSError, match=r'swav_100ep_pretrain\.pth\.tar could not be fetched \(no route\): .* pass its path, or put it into'): read_official('swav_100ep')
 
+def packed(opener, data=b'weights'):
+    f = io.BytesIO()
+    opener(f, data)
+    return f.getvalue()
+def tarred(f, data):
+    with tarfile.open(fileobj=f, mode='w') as t: t.addfile(i := tarfile.TarInfo('net.pth')); i.size = 0
+def zipped(f, data):
+    with zipfile.ZipFile(f, 'w') as z: z.writestr('net.pth', data)
+
+@pytest.mark.parametrize('b,says', [
+    (b'',                                    'empty: delete it and fetch it again'),
+    (b'\n<!DOCTYPE html>\n<title>404</title>','a web page, perhaps the error of a server.*delete it'),
+    (b'<?xml version="1.0"?><Error>AccessDenied</Error>', 'a web page'),
+    (b'version https://git-lfs.github.com/spec/v1\noid sha256:1\n', 'a pointer of Git LFS: `git lfs pull`'),
+    (b'{"arch": "resnet50"}\n',              r"text \('\{.arch"),
+    (packed(zipped),                         r'a ZIP archive of net\.pth: unpack it'),
+    (packed(tarred),                         r'an archive \(tar\): unpack it'),
+    (gzip.compress(b'weights'),              r'an archive \(gzip\): unpack it'),
+    (b'\x89HDF\r\n\x1a\n'+bytes(99),        'a file of HDF5'),
+    (b'\x89PNG\r\n\x1a\n'+bytes(99),        'an image'),
+    (packed(lambda f,_: np.save(f, np.ones(3))), 'an array of NumPy'),
+], ids=range(11))
+def test_files_of_another_kind(b, says, tmp_path):
+    (tmp_path/'net.pth').write_bytes(b)
+    with pytest.raises(ValueError, match=rf'net\.pth holds no weights, it is ({says})'): create_encoder('resnet50', pretrained=tmp_path/'net.pth')
+
 def test_damaged(file, tmp_path):
-    for i,b in enumerate((file.read_bytes()[:10_000], b'<html>not found</html>', b'')):
-        (tmp_path/f'{i}.pth').write_bytes(b)
-        with pytest.raises(ValueError, match='is damaged, or no file of PyTorch.*delete it'): read_official(tmp_path/f'{i}.pth')
+    (tmp_path/'cut.pth').write_bytes(file.read_bytes()[:10_000])
+    with pytest.raises(ValueError, match='cut.pth holds no weights, it is incomplete: delete it and fetch it again'): read_official(tmp_path/'cut.pth')
+    (tmp_path/'noise.pth').write_bytes(bytes(range(256)))
+    with pytest.raises(ValueError, match='is damaged, or no file of PyTorch.*delete it'): read_official(tmp_path/'noise.pth')
+
+@pytest.mark.parametrize('o,says', [
+    (lambda: nn.Linear(2,2), r'holds Python objects \(torch\.nn\.modules\.linear\.Linear\).*model\.state_dict\(\)'),
+    (lambda: dict(model=nn.Linear(2,2).state_dict(), opt={}), r'holds model \(OrderedDict\), opt \(dict\), where names of tensors'),
+    (lambda: torch.ones(3), 'holds Tensor, where names of tensors'),
+    (lambda: [torch.ones(3)], 'holds list, where names of tensors'),
+], ids=['model','fastai','tensor','list'])
+def test_other_things_in_a_file_of_pytorch(o, says, tmp_path):
+    torch.save(o(), tmp_path/'net.pth')
+    with pytest.raises(ValueError, match=says): read_official(tmp_path/'net.pth')
+
+@pytest.mark.parametrize('name', ['net.pth', 'net.safetensors', 'net'])
+def test_safetensors_whatever_they_are_called(name, net, file, x, tmp_path):
+    "In the layout of the released files, and as export_encoder writes them; what does not fit says what it is"
+    save_file({k:v.contiguous() for k,v in torch.load(file).items()}, tmp_path/name)
+    close(create_encoder('resnet50', pretrained=tmp_path/name).eval()(x), net(x))
+
+    small = create_encoder('resnet18', pretrained=False, pool_type='avg')
+    learn = Learner(tensor_dls(torch.rand(4,3,32,32), bs=2), create_simclr_model(small), loss_func=len)
+    learn.export_encoder(tmp_path/'encoder.safetensors')
+    shutil.copy(tmp_path/'encoder.safetensors', tmp_path/name)
+    other = create_encoder('resnet18', pretrained=tmp_path/name)
+    assert all(torch.equal(a, b) for a,b in zip(small.state_dict().values(), other.state_dict().values(), strict=True))
+    with pytest.raises(ValueError, match=rf"does not fit .* export_encoder has written it, of .*'arch': 'resnet18'.*load_encoder\('.*{re.escape(name)}'\) builds"): create_encoder('resnet50', pretrained=tmp_path/name)
 
 def test_code_in_a_file_does_not_run(files, tmp_path):
     class Evil:
@@ -220,7 +272,7 @@ def test_code_in_a_file_does_not_run(files, tmp_path):
     cached = files/'swav_100ep_pretrain.pth.tar' # as if it had been fetched
     for path,nm in ((tmp_path/'evil.pth', tmp_path/'evil.pth'), (cached, 'swav_100ep')):
         torch.save({'module.conv1.weight':Evil()}, path)
-        with pytest.raises(ValueError, match='damaged, or no file'): read_official(nm)
+        with pytest.raises(ValueError, match=r'holds Python objects \(builtins\.print\)|damaged, or no file'): read_official(nm)
     cached.unlink()
 
 def test_checkpoint_of_a_running_training(file, tmp_path):
@@ -292,7 +344,7 @@ def test_one_set_for_a_method_of_several(file):
     assert type(model) is ssl_methods()['deepcluster'].model and model.n_heads==1
     assert [k for k in to_layout(model, 'official') if 'prototypes' in k]==['module.prototypes.prototypes0.weight']
 
-def test_method_that_is_registered_later(monkeypatch, file):
+def test_method_that_is_registered_later(monkeypatch, file, tmp_path):
     "Its weights are among the released ones and say which method they are of; files of so many sets that nobody else takes are its"
     from self_supervised import methods
     from self_supervised.pretrained import OfficialWeights
@@ -309,7 +361,8 @@ def test_method_that_is_registered_later(monkeypatch, file):
     assert list(official_weights())[-1]=='late_9ep' and len(official_weights())==16
     assert type(create_official_model(file)) is swav.model and type(create_official_model(file, method='late')) is LateModel
     with pytest.raises(ValueError, match="create_encoder\\('resnet50', pretrained='late_9ep'\\)"): create_encoder('resnet18', pretrained='late_9ep')
-    monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', lambda url,**_: torch.load(file))
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda url,dst,**_: shutil.copy(file, dst))
     assert type(create_official_model('late_9ep')) is LateModel
 
 def test_layouts_of_other_architectures(x):

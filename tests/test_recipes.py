@@ -1,11 +1,12 @@
 "Recipes say what the papers say, and what a Learner gets is what a recipe says"
-import math, re
+import json, math, re
 from copy import deepcopy
 
 import pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
+from fastai.layers import apply_init
 from fastai.learner import Learner, Recorder
 from fastai.torch_core import set_seed
 from torch import nn
@@ -32,7 +33,8 @@ official = {
     'swav_400ep_bs256':  ('2x224+6x96', '.14-1 .05-.14', (.6,.6,.0006),  0,  3840, 15,   5005, 256,  400, 74.3),
     'swav_400ep_2x224':  ('2x224',      '.08-1',         (.3,4.8,.0048), 10, None, None, 313,  4096, 400, 70.1),
     'swav_RN50w2_400ep': ('2x224+4x96', '.14-1 .05-.14', (.3,4.8,.0048), 10, None, None, 313,  4096, 400, 77.3),
-    'swav_RN50w4_400ep': ('2x224+4x96', '.08-1 .08-.14', (.3,4.8,.0048), 10, 2560, 0,    500,  2560, 400, 77.9),
+    'swav_RN50w4_400ep': ('2x224+4x96', '.08-1 .08-.14', (.3,4.8,.0048), 10, 2560, 0,    313,  2560, 400, 77.9),
+    'swav_RN50w5_400ep': ('2x224+4x96', '.14-1 .05-.14', (.1875,4.8,0.), 10, 1536, 0,    313,  1536, 400, 78.5),
 }
 
 @pytest.mark.parametrize('name', official)
@@ -44,12 +46,13 @@ def test_official_swav(name):
     assert list(zip(s['min_scales'], s['max_scales']))==[tuple(map(float, o.split('-'))) for o in areas.split()]
     assert (r.lr_start,r.lr,r.lr_final,r.warmup_epochs,r.bs,r.epochs,s['K'])==(*lrs,warmup,bs,epochs,K)
     if K: assert r.queue_start_epoch==start
-    assert round(r.freeze_epochs*imagenet/bs)==steps # one epoch; the script of RN50w4 says 313, which is an epoch at batch 4096
+    assert round(r.freeze_epochs*imagenet/bs)==steps
     assert f'{top1} %' in r.about
     common = dict(temp=.1, eps=.05, n_sinkh_iter=3, n_protos=3000, projection_size=128, jitter_s=1., jitter_p=.8, bw_p=.2, blur_p=.5, blur_s=(.1,2.))
     assert common.items()<=s.items()
-    assert s['hidden_size']==(8192 if 'RN50w' in name else 2048) and s['arch']==('resnet50'+name[9:11] if 'RN50w' in name else 'resnet50')
+    assert s['hidden_size']==(10240 if 'RN50w5' in name else 8192 if 'RN50w' in name else 2048) and s['arch']==('resnet50'+name[9:11] if 'RN50w' in name else 'resnet50')
     assert (r.opt,r.wd,r.mom,r.wd_bn_bias,r.precision,r.pool_type)==('larc',1e-6,.9,True,'fp16','avg')
+    assert s['stats']==([.485,.456,.406],[.228,.224,.225]) and s['fastai_init'] is False # as in multicropdataset.py; nn.Linear as PyTorch draws it
 
 # name: crops, areas, epochs, top-1; from the scripts of DeepCluster-v2 and the table of released weights
 clusters = {'deepclusterv2_400ep':       ('2x160+4x96', '.08-1 .05-.14', 400, 74.3), 'deepclusterv2_400ep_2x224': ('2x224', '.08-1', 400, 70.2),
@@ -64,7 +67,7 @@ def test_official_clusters(name):
     assert r.method==name.partition('v2')[0] and [f'{n}x{o}' for n,o in zip(s['num_crops'], s['crop_sizes'])]==crops.split('+')
     assert list(zip(s['min_scales'], s['max_scales']))==[tuple(map(float, o.split('-'))) for o in areas.split()]
     assert (r.epochs,s['n_heads'],s['n_protos'],s['temp'])==(epochs,3,3000,.1) and f'{top1} %' in r.about
-    same = 'arch bs opt lr lr_start lr_final warmup_epochs mom wd wd_bn_bias precision hidden_size projection_size jitter_s jitter_p bw_p blur_p blur_s crop_assgn_ids'.split()
+    same = 'stats arch bs opt lr lr_start lr_final warmup_epochs mom wd wd_bn_bias precision hidden_size projection_size jitter_s jitter_p bw_p blur_p blur_s crop_assgn_ids'.split()
     assert {k:s[k] for k in same}=={k:like[k] for k in same} # otherwise SwAV's optimiser, schedule and colours
     assert not {'K','n_sinkh_iter','eps','queue_start_epoch'} & {k for k,v in s.items() if v is not None}
     assert s.get('freeze_epochs')==(1. if r.method=='sela' else None)
@@ -171,6 +174,42 @@ def test_simclr_papers():
     assert two.settings['nlayers']==3 and {one.opt,two.opt}=={'lars'} and not one.wd_bn_bias
     assert get_recipe('simclr_cifar10').lr==pytest.approx(1.*512/256)
 
+papers = 'simclr_v1_100ep simclr_v1_1000ep simclr_v2_800ep simclr_cifar10'.split()
+
+@pytest.mark.parametrize('name', papers)
+def test_head_of_the_simclr_papers(name):
+    "projection_head of the official model_util.py: every layer linear without bias and batch norm, the last without shift and ReLU"
+    r = get_recipe(name, hidden_size=16, projection_size=8)
+    head = r.create_model(encoder(3)).projector
+    depth = r.settings.get('nlayers', 2)
+    assert [type(o) for o in head]==[nn.Linear,nn.BatchNorm1d,nn.ReLU]*(depth-1)+[nn.Linear,nn.BatchNorm1d]
+    assert [n for n,p in head.named_parameters() if n.endswith('bias') and p.requires_grad]==[f'{3*i+1}.bias' for i in range(depth-1)]
+    assert not head[-1].bias.any()
+
+def test_small_recipes_are_as_they_were():
+    "Their head has no batch norm at its end, biases and fastai's initial weights; their results were measured so"
+    for nm in recipes():
+        s = get_recipe(nm).settings
+        assert bool(s.get('last_bn'))==(nm in papers) and s.get('fastai_init', True)==(nm not in (*official, *papers, *(clusters if 'fastai_init' in get_recipe('deepclusterv2_400ep').names else ())))
+        assert nm.endswith('_small')<=('stats' not in s)
+    set_seed(0); a = get_recipe('swav_small').create_model(enc := encoder()).projector
+    set_seed(0); b = nn.Sequential(nn.Linear(8,512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512,128)); apply_init(b)
+    assert all(torch.equal(p, q) for p,q in zip(a.parameters(), b.parameters(), strict=True))
+
+@pytest.mark.parametrize('name', ['swav_100ep', papers[0]])
+def test_projectors_of_the_official_runs_begin_as_pytorchs(name):
+    "Weights uniform in ±1/√n, where fastai's are normal with √(2/n): nearly 2.5 times as wide"
+    w = get_recipe(name).create_model(encoder(3)).projector[0].weight
+    assert w.abs().max()<=8**-.5 and abs(w.std()*(3*8)**.5-1)<.02
+
+def test_statistics_of_photographs_are_not_for_other_channels():
+    def stats(r, n_in): return [o.std.flatten().tolist() for o in r.create_callback(n_in).aug_pipelines[0].fs if hasattr(o, 'std')]
+    r,own = get_recipe('swav_100ep'),([.5],[.25])
+    assert stats(r, 3)==[pytest.approx([.228,.224,.225])] and stats(r, 1)==stats(r, 13)==stats(get_recipe('swav_small'), 1)==[]
+    for o in (r, r.new(bs=8), Recipe(**dict(name=r.name, method='swav')|json.loads(json.dumps(r.settings)))): assert stats(o, 1)==[] # also as a file brings it back
+    assert stats(r.new(stats=own), 1)==stats(r.new(stats=own).new(bs=8), 1)==[[.25]]
+    with pytest.raises(ValueError, match='stats are for 3'): r.new(stats=([.5]*3,[.2]*3)).create_callback(1).aug_pipelines[0](torch.rand(2,1,20,20)) # said by the user
+
 @pytest.mark.parametrize('name', [o for o in recipes() if 'RN50w' not in o]) # those take gigabytes
 def test_what_a_learner_gets(name):
     r   = get_recipe(name, bs=8)
@@ -184,8 +223,9 @@ def test_what_a_learner_gets(name):
     steps = {type(f).__name__:f for f in cb.aug_pipelines[0].fs}
     assert tuple(steps['RandomCropResize'].size)==(s['crop_sizes'][0] if 'crop_sizes' in s else s['size'],)*2
     assert any('Normalize' in o for o in steps) and any('Blur' in o for o in steps)==s.get('blur', True)
-    assert m.projector[0].out_features==s['hidden_size'] and m.projector[-1].out_features==s.get('projection_size', 128)
-    assert isinstance(m.projector[1], nn.BatchNorm1d) and len([o for o in m.projector if isinstance(o, nn.Linear)])==s.get('nlayers', 2)
+    linear = [o for o in m.projector if isinstance(o, nn.Linear)]
+    assert linear[0].out_features==s['hidden_size'] and linear[-1].out_features==s.get('projection_size', 128)
+    assert isinstance(m.projector[1], nn.BatchNorm1d) and len(linear)==s.get('nlayers', 2)
     if r.method=='swav': assert (m.prototypes.out_features,cb.K,cb.crop_assgn_ids)==(s['n_protos'],s['K'],[0,1])
 
 tiny = dict(bs=8, epochs=4, warmup_epochs=1., hidden_size=16, projection_size=8)

@@ -4,6 +4,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from self_supervised import sinkhorn
+from self_supervised.queue import FeatureQueue
 from self_supervised.sinkhorn import sinkhorn_knopp, sinkhorn_labels
 
 
@@ -13,7 +14,7 @@ def unit_scores(B, K, D=16, seed=0):
     return z@c.T
 
 @pytest.mark.parametrize('B,K', [(16,8), (8,16), (5,40), (1,7), (7,1), (1,1)])
-@pytest.mark.parametrize('eps,n_iters', [(.05,3), (.03,1), (.5,10), (.05,0)])
+@pytest.mark.parametrize('eps,n_iters', [(.05,3), (.03,1), (.5,10), (.05,2)])
 def test_equals_reference(B, K, eps, n_iters):
     s = unit_scores(B, K)
     want = torch.from_numpy(reference.sinkhorn(s.tolist(), eps, n_iters))
@@ -206,3 +207,12 @@ def test_labels_without_gradient():
 @pytest.mark.parametrize('kwargs,msg', [(dict(eps=0), 'eps=0 must be positive'), (dict(tol=-1), 'tol=-1 not negative'), (dict(n_iters=0), 'n_iters=0 1 or more: .*200 are usual')])
 def test_wrong_arguments_of_labels(kwargs, msg):
     with pytest.raises(ValueError, match=msg): sinkhorn_labels(*unit_parts(8, 4), **kwargs)
+
+@pytest.mark.parametrize('n', [0,-1])
+def test_no_rounds_are_no_assignment(n):
+    with pytest.raises(ValueError, match=f'n_iters={n} must be 1 or more'): sinkhorn_knopp(unit_scores(8, 4), n_iters=n)
+
+@pytest.mark.parametrize('n', [-1,1.5,None,'4'])
+def test_length_of_a_queue(n):
+    with pytest.raises(ValueError, match=f'length={n!r} must be a whole number of projections, or 0'): FeatureQueue(n)
+    assert not FeatureQueue().full and not FeatureQueue(0).full

@@ -12,10 +12,11 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from fastcore.meta import delegates
+from fasttransform import Pipeline
 from fastai.layers import apply_init
 
 from ..augmentations import get_batch_augs, get_multi_aug_pipelines
-from ..basics import block_rows
+from ..basics import block_rows, loader_facts
 from ..core import SSLCallback
 from ..dist import all_gather, all_mean, rank, rank_sizes, world_size
 from ..layers import create_mlp_module, encoder_dim
@@ -52,13 +53,15 @@ def create_simclr_model(
     encoder:nn.Module, # any module that gives (B,F) features; `create_encoder` makes one
     hidden_size:int=256, # width of the projector (2048, the encoder's features, in the paper for ResNet-50)
     projection_size:int=128, # D, size of a projection (paper, section 2.2)
-    bn:bool=False, # batch norm in the projector; True for the head of the official code
+    bn:bool=False, # batch norm in the projector, after each layer but the last
     nlayers:int=2, # linear layers in the projector (paper, section 2.1); 3 for version 2
     n_features:int=None, # F of the encoder; None: found by a trial run, on 64 pixels unless the encoder is made for another size
+    last_bn:bool=False, # batch norm after the last layer too, without shift, and linear layers without bias: with `bn=True` the head of the official code
+    fastai_init:bool=True, # initial weights of the projector as fastai draws them; False: as PyTorch does
 ) -> SimCLRModel: # ready to train
     "A `SimCLRModel` around `encoder`"
-    projector = create_mlp_module(n_features or encoder_dim(encoder), hidden_size, projection_size, bn=bn, nlayers=nlayers)
-    apply_init(projector)
+    projector = create_mlp_module(n_features or encoder_dim(encoder), hidden_size, projection_size, bn=bn, nlayers=nlayers, last_bn=last_bn)
+    if fastai_init: apply_init(projector)
     return SimCLRModel(encoder, projector)
 
 # %% ../../nbs/41_vision.simclr.ipynb #e51b4cf5
@@ -122,7 +125,17 @@ class SimCLR(SSLCallback):
     def before_fit(self):
         "Check the batch size"
         super().before_fit()
-        if getattr(self.dls.train, 'bs', None)==1: raise ValueError('bs=1: the other images of the batch are the negatives of SimCLR; use 32 or more')
+        if loader_facts(self.dls.train).bs==1: raise ValueError('bs=1: the other images of the batch are the negatives of SimCLR; use 32 or more')
+
+    @property
+    def aug1(self) -> Pipeline: # images → view
+        "The first of `aug_pipelines`, as the older package called it"
+        return self.aug_pipelines[0]
+
+    @property
+    def aug2(self) -> Pipeline: # images → view
+        "The second"
+        return self.aug_pipelines[1]
 
     @property
     def chance(self) -> float: # ln(1+V(B-1)), with the images B of all processes
@@ -146,7 +159,7 @@ class DistributedSimCLR(SimCLR):
 
 # %% ../../nbs/41_vision.simclr.ipynb #dab5a045
 _base = dict(opt='lars', lr=4.8, lr_start=0., lr_final=0., size=224, resize_scale=(.08,1.), jitter_s=1., jitter_p=.8, bw_p=.2, blur_p=.5, blur_s=(.1,2.),
-             hidden_size=2048, projection_size=128, bn=True, temp=.1)
+             hidden_size=2048, projection_size=128, bn=True, last_bn=True, fastai_init=False, temp=.1)
 
 register_method('simclr', SimCLR, SimCLRModel, create_simclr_model, get_simclr_aug_pipelines, nt_xent_loss, recipes=dict(
     simclr_v1_100ep  = dict(about='Default run of Chen et al. 2020; ImageNet, linear: 64.5 % top-1.', epochs=100, **_base),

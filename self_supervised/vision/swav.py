@@ -17,7 +17,7 @@ from fastcore.meta import delegates
 from fastai.layers import apply_init
 
 from ..augmentations import get_batch_augs, get_multi_aug_pipelines
-from ..basics import warn_once
+from ..basics import loader_facts, warn_once
 from ..core import SSLCallback
 from ..dist import all_mean, world_size
 from ..layers import create_mlp_module, encoder_dim
@@ -87,10 +87,11 @@ def create_swav_model(
     bn:bool=True, # batch norm in the projector, as in the official code
     nlayers:int=2, # linear layers in the projector, as in the official code
     n_features:int=None, # F of the encoder; None: found by a trial run, on 64 pixels unless the encoder is made for another size
+    fastai_init:bool=True, # initial weights of the projector as fastai draws them; False: as PyTorch does, and with it the official code
 ) -> SwAVModel: # with prototypes of unit length
     "A `SwAVModel` around `encoder`"
     projector  = create_mlp_module(n_features or encoder_dim(encoder), hidden_size, projection_size, bn=bn, nlayers=nlayers)
-    apply_init(projector)
+    if fastai_init: apply_init(projector)
     return SwAVModel(encoder, projector, nn.Linear(projection_size, n_protos, bias=False))
 
 # %% ../../nbs/40_vision.swav.ipynb #6036493d
@@ -138,7 +139,7 @@ class SWAV(SSLCallback):
         m = self.ssl_model
         n_protos,dim = m.prototypes.weight.shape
         m.queue.resize(len(self.crop_assgn_ids), self.K or 0, dim)
-        bs,n = (getattr(self.dls.train, o, None) or 0 for o in ('bs','n'))
+        n,bs,_ = loader_facts(self.dls.train).values()
         samples = bs*world_size() + (self.K or 0)
         if bs and n_protos > 4*samples: warn_once(
             f'{n_protos} prototypes for {samples} samples an assignment (batch {bs*world_size()} + queue {self.K or 0}): codes will be mostly noise. '
@@ -147,6 +148,11 @@ class SWAV(SSLCallback):
             f'the queue (K={self.K}) is longer than the training data ({n} images), so it would hold stale copies of the same images: use K={n//2} or less, or K=None')
 
 # %% ../../nbs/40_vision.swav.ipynb #b8bdd792
+@patch(as_prop=True)
+def augs(self:SWAV) -> list: # view pipelines, one a view
+    "`aug_pipelines`, as the older package called them"
+    return self.aug_pipelines
+
 @patch(as_prop=True)
 def chance(self:SWAV) -> float: # ln K, the loss of equal scores
     "The loss of a model that knows nothing"
@@ -214,12 +220,14 @@ def stepped(self:SWAV):
 @patch
 def before_train(self:SWAV):
     "Prototypes from elsewhere, a loaded file for example, may have any length"
+    SSLCallback.before_train(self)
     normalize_prototypes(self.ssl_model)
 
 @patch
 def before_validate(self:SWAV):
     "As before training"
-    self.before_train()
+    SSLCallback.before_validate(self)
+    normalize_prototypes(self.ssl_model)
 
 # %% ../../nbs/40_vision.swav.ipynb #e6ec8fa0
 def protos_for(
@@ -266,7 +274,8 @@ def suggest(cls:SWAV,
 _official    = 'Official run of Caron et al. 2020; ImageNet, linear: {} % top-1.'
 _small_batch = dict(bs=256, lr=.6, lr_start=.6, lr_final=.0006, warmup_epochs=0., K=3840)
 _wide        = dict(epochs=400, num_crops=(2,4), hidden_size=8192)
-_first = dict(wd_bn_bias=True, freeze_epochs=1., queue_start_epoch=15., num_crops=(2,6), crop_sizes=(224,96), min_scales=(.14,.05), max_scales=(1.,.14),
+def _steps(n, bs): return dict(bs=bs, freeze_epochs=n*bs/1_281_167) # of ImageNet
+_first = dict(wd_bn_bias=True, stats=([.485,.456,.406],[.228,.224,.225]), fastai_init=False, freeze_epochs=1., queue_start_epoch=15., num_crops=(2,6), crop_sizes=(224,96), min_scales=(.14,.05), max_scales=(1.,.14),
               jitter_s=1., jitter_p=.8, bw_p=.2, blur_p=.5, blur_s=(.1,2.), hidden_size=2048, projection_size=128, n_protos=3000,
               crop_assgn_ids=(0,1), K=None, temp=.1, eps=.05, n_sinkh_iter=3, epochs=100)
 _runs = {nm: (arch, top1, changes) for nm,arch,top1,changes in [ # name → architecture, top-1 in %, what differs from the first
@@ -278,8 +287,8 @@ _runs = {nm: (arch, top1, changes) for nm,arch,top1,changes in [ # name → arch
     ('swav_400ep_bs256',  'resnet50',   74.3, dict(epochs=400, **_small_batch)),
     ('swav_400ep_2x224',  'resnet50',   70.1, dict(epochs=400, num_crops=(2,), crop_sizes=(224,), min_scales=(.08,), max_scales=(1.,))),
     ('swav_RN50w2_400ep', 'resnet50w2', 77.3, _wide),
-    ('swav_RN50w4_400ep', 'resnet50w4', 77.9, _wide | dict(bs=2560, lr=4.8, lr_start=.3, lr_final=.0048, K=2560, queue_start_epoch=0., min_scales=(.08,.08))),
-    ('swav_RN50w5_400ep', 'resnet50w5', 78.5, _wide | dict(bs=1536, lr=4.8, lr_start=.1875, lr_final=0., K=1536, queue_start_epoch=0., hidden_size=10240))]}
+    ('swav_RN50w4_400ep', 'resnet50w4', 77.9, _wide | _steps(313, 2560) | dict(lr=4.8, lr_start=.3, lr_final=.0048, K=2560, queue_start_epoch=0., min_scales=(.08,.08))),
+    ('swav_RN50w5_400ep', 'resnet50w5', 78.5, _wide | _steps(313, 1536) | dict(lr=4.8, lr_start=.1875, lr_final=0., K=1536, queue_start_epoch=0., hidden_size=10240))]}
 
 _small = dict(bs=128, epochs=12, opt='adam', lr_start=4e-4, lr=4e-3, lr_final=4e-6, warmup_epochs=1., mom=.9, wd=.01, precision='fp32', arch='test_resnet', low_resolution=True,
               num_crops=(2,4), crop_sizes=(28,14), min_scales=(.4,.1), max_scales=(1.,.4), n_protos=100, crop_assgn_ids=(0,1), K=None, freeze_epochs=.5,
