@@ -52,12 +52,14 @@ def torchvision_steps(
 ) -> list: # steps of a `Pipeline`
     "Steps through torchvision, image by image: the reference, and slow"
     import torchvision.transforms.v2 as tv
-    blur_s,s,each = RandomGaussianBlur(s=a.blur_s),a.jitter_s,not a.same_on_batch
+    s,each = a.jitter_s,not a.same_on_batch
     tfms = [ApplyTo(tv.Compose([tv.RandomResizedCrop(a.size, a.resize_scale, a.resize_ratio, antialias=True), tv.RandomHorizontalFlip(a.flip_p)]), each)]
     if a.rotate: tfms.append(ApplyTo(tv.RandomApply([tv.RandomRotation(a.rotate_deg, tv.InterpolationMode.BILINEAR)], a.rotate_p), each))
     if a.jitter: tfms.append(ApplyTo(tv.RandomApply([tv.ColorJitter(.8*s, .8*s, .8*s, .2*s)], a.jitter_p), each, needs_rgb=True))
     if a.bw:     tfms.append(ApplyTo(tv.RandomGrayscale(a.bw_p), each, needs_rgb=True))
-    if a.blur:   tfms.append(ApplyTo(tv.RandomApply([tv.GaussianBlur(blur_s.kernel_size, blur_s.s)], a.blur_p), each))
+    if a.blur:
+        own = RandomGaussianBlur(s=a.blur_s)
+        tfms.append(ApplyTo(tv.RandomApply([tv.GaussianBlur(own.kernel_size, own.s)], a.blur_p), each))
     return tfms
 
 def kornia_steps(
@@ -65,12 +67,14 @@ def kornia_steps(
 ) -> list: # steps of a `Pipeline`
     "Steps through kornia, whose crops are not antialiased"
     import kornia.augmentation as K
-    blur_s,s,kw = RandomGaussianBlur(s=a.blur_s),a.jitter_s,dict(same_on_batch=a.same_on_batch)
+    s,kw = a.jitter_s,dict(same_on_batch=a.same_on_batch)
     tfms = [ApplyTo(K.RandomResizedCrop(a.size, a.resize_scale, a.resize_ratio, **kw)), ApplyTo(K.RandomHorizontalFlip(p=a.flip_p, **kw))]
     if a.rotate: tfms.append(ApplyTo(K.RandomRotation(a.rotate_deg, p=a.rotate_p, **kw)))
     if a.jitter: tfms.append(ApplyTo(K.ColorJitter(.8*s, .8*s, .8*s, .2*s, p=a.jitter_p, **kw), needs_rgb=True))
     if a.bw:     tfms.append(ApplyTo(K.RandomGrayscale(p=a.bw_p, **kw), needs_rgb=True))
-    if a.blur:   tfms.append(ApplyTo(K.RandomGaussianBlur((blur_s.kernel_size,)*2, blur_s.s, p=a.blur_p, **kw)))
+    if a.blur:
+        own = RandomGaussianBlur(s=a.blur_s)
+        tfms.append(ApplyTo(K.RandomGaussianBlur((own.kernel_size,)*2, own.s, p=a.blur_p, **kw)))
     return tfms
 
 def fastai_steps(

@@ -51,7 +51,7 @@ class Checkpoint(Callback):
             if v is not None and v<=0: raise ValueError(f'{nm}={v} must be positive, or None not to save by {nm}')
         if keep<1: raise ValueError(f'keep={keep}: at least the newest file must stay, 2 or more to have one to fall back on')
         self.folder,self.minutes,self.steps,self.epochs,self.keep = Path(folder),minutes,steps,epochs,keep
-        self._fits,self._saved,self._resumed,self.running,self._group,self._vote,self._old = 0,None,False,False,None,None,{}
+        self._fits,self._path,self._saved,self._resumed,self.running,self._group,self._vote,self._old = 0,None,None,False,False,None,None,{}
 
     @property
     def files(self) -> L: # paths, oldest first
@@ -223,6 +223,26 @@ def newest(self:Checkpoint) -> tuple: # path, and what it holds
     if bad: raise ValueError(f'no checkpoint in {self.folder} is whole, so the run cannot go on: start again in another folder. ' + '; '.join(bad))
     raise ValueError(f'there is no checkpoint in {self.folder}: give the folder of the run to Checkpoint, or pass missing_ok=True to start a new one')
 
+class _FirstDecides(Callback):
+    "Go on from the checkpoint that the first process sees, before the model is dealt out to processes"
+    order,is_setting = -5,False
+    def __init__(self, cb): self.cb = cb
+    def before_fit(self):
+        cb,mine,why,every = self.cb,self.cb._path and self.cb._path.name,'',[None]*world_size()
+        cb._join()
+        first_sees = [mine]
+        tdist.broadcast_object_list(first_sees, 0, group=cb._group)
+        try:
+            if first_sees[0] is None and mine: raise ValueError(f'it sees {cb._path}, and the first one sees none')
+            if first_sees[0]!=mine:
+                cb._path  = cb.folder/first_sees[0]
+                cb._saved = read_checked(cb._path)
+                load_model(unwrapped(self.learn.model), cb._saved['model'], cb._path)
+        except (OSError,ValueError) as e: why = f'process {rank()} cannot go on from the checkpoint of the first one ({e}): give all processes the same folder'
+        tdist.all_gather_object(every, why, group=cb._group)
+        self.learn.remove_cb(self)
+        if why := first(filter(None, every)): raise ValueError(why)
+
 @patch
 def resume(self:Learner,
     override:list=(), # names of settings that may differ from those of the run, as the refusal shows them
@@ -232,20 +252,19 @@ def resume(self:Learner,
     cb = first(o for o in self.cbs if isinstance(o, Checkpoint))
     if cb is None: raise ValueError('this Learner has no Checkpoint callback to say where the run is: pass cbs=[…, Checkpoint(folder)]')
     vars(self).pop('_do_fit', None) # that of a fit that was stopped
-    path,saved = (None,None) if missing_ok and not cb.files else cb.newest()
-    if saved: load_model(unwrapped(self.model), saved['model'], path)
+    cb._path,cb._saved = (None,None) if missing_ok and not cb.files else cb.newest()
+    if cb._saved: load_model(unwrapped(self.model), cb._saved['model'], cb._path)
     elif num_distrib()<2: return
-    cb._saved,cb._fits,cb._resumed = saved,0,True
-    self._do_fit = partial(_resumed_fit, self, cb, [override] if isinstance(override, str) else list(override), path)
-    return path
+    if num_distrib()>1: self.add_cb(_FirstDecides(cb))
+    cb._fits,cb._resumed = 0,True
+    self._do_fit = partial(_resumed_fit, self, cb, [override] if isinstance(override, str) else list(override))
+    return cb._path
 
 # %% ../nbs/65_checkpoint.ipynb #d207371d
-def _resumed_fit(learn, cb, override, path):
+def _resumed_fit(learn, cb, override):
     "In place of `learn._do_fit`, until the fit that was interrupted"
     if not cb.run: return Learner._do_fit(learn) # `lr_find`
-    cb._join()
-    path  = cb._take_file_of_first(path)
-    saved = cb._saved
+    path,saved = cb._path,cb._saved
     if saved and cb._fits+1 < saved['fit']:
         cb._fits += 1
         return
@@ -263,21 +282,6 @@ def _resumed_fit(learn, cb, override, path):
         bar.update(0)
         bar.main_bar.first_its = learn.n_epoch # the epochs that are not run here would make it wait for long
     for learn.epoch in range(saved['epoch'], learn.n_epoch): learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
-
-@patch
-def _take_file_of_first(self:Checkpoint, path):
-    "The checkpoint that the first process has found is that of all: its path, or None if there is none"
-    if world_size()==1: return path
-    found,why = [path and path.name],''
-    tdist.broadcast_object_list(found, 0, group=self._group)
-    if found[0]!=(path and path.name):
-        path = found[0] and self.folder/found[0]
-        try: self._saved = path and read_checked(path)
-        except (OSError,ValueError) as e: why = f'process {rank()} cannot read the checkpoint that the first one goes on from ({e}): give all processes the same folder'
-    every = [None]*world_size()
-    tdist.all_gather_object(every, why, group=self._group)
-    if why := first(filter(None, every)): raise ValueError(why)
-    return path
 
 def _rest_of_epoch(learn, cb, override):
     "In place of `learn.all_batches`, for the epoch that was interrupted"

@@ -80,8 +80,9 @@ def _history(cb):
     part.replace(part.with_suffix(''))
 
 def _save(axes, path):
+    from matplotlib.pyplot import close
     axes[0].figure.savefig(path, dpi=110)
-    axes[0].figure.clear()
+    close(axes[0].figure)
 
 def _save_views(learn, n=4):
     "Draw the views of `n` images, and leave no trace in the random generators"
@@ -162,7 +163,9 @@ def ssl_pretrain(
     out:Path='pretrained', # folder for the run; if it holds one, that goes on
     labelled:str=None, # folder of labelled images: their k-NN accuracy becomes a column
     knn_every:int=1, # epochs between two such judgements
-    n_in:int=3, # channels: 3 for colour, 1 for grey
+    n_in:int=3, # channels: 3 for colour, 1 for grey, others for the bands of TIFF files
+    max_value:float=None, # value of white in files of more than 8 bits; default: looked at in a sample
+    background:str=None, # colour behind transparent pixels; default: white
     load_size:int=None, # pixels of the squares that views are cut from; default: 8/7 of the largest view
     checkpointing:bool=False, # compute activations twice instead of keeping them: less memory, more time
     workers:int=None, # processes that decode images, beside each that trains; default: one a core, at most 8
@@ -186,7 +189,7 @@ def ssl_pretrain(
         if v and not _saved(out): raise ValueError(f'--{k}: there is no run in {out} to go on with; without --{k} one begins')
     for k,v in dict(tensorboard=tensorboard, wandb=wandb).items():
         if v and not find_spec(k): raise ValueError(f"--{k} needs {k}, which is not installed: pip install 'self_supervised[log]'")
-    run = dict(n_in=n_in, load_size=load_size, checkpointing=checkpointing, seed=seed, labelled=bool(labelled), processes=n_procs)
+    run = dict(n_in=n_in, max_value=max_value, background=background, load_size=load_size, checkpointing=checkpointing, seed=seed, labelled=bool(labelled), processes=n_procs)
     _check_same(out, dict(recipe=recipe, **run, **settings), override)
 
     from accelerate import InitProcessGroupKwargs
@@ -199,6 +202,7 @@ def ssl_pretrain(
     from self_supervised.data import image_dls
     from self_supervised.export import git_commit
     from self_supervised.grad_checkpoint import checkpoint_encoder
+    from self_supervised.image_files import common_depth
     from self_supervised.monitor import CollapseMonitor
     from self_supervised.online import OnlineKNN
     from self_supervised.recipes import get_recipe
@@ -212,24 +216,27 @@ def ssl_pretrain(
     fastprogress.NO_BAR = not sys.stdout.isatty() # in a file the table is enough
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     set_seed(seed)
-    crop = max(r.view_sizes)
-    dls  = image_dls(fns, size=load_size or tuple(o*8//7 for o in crop), bs=r.bs//n_procs, n_in=n_in, num_workers=workers, seed=seed)
+    crop  = max(r.view_sizes)
+    light = dict(max_value=common_depth(fns, n_in, max_value).get('max_value'), background=background or 'white')
+    dls   = image_dls(fns, size=load_size or tuple(o*8//7 for o in crop), bs=r.bs//n_procs, n_in=n_in, num_workers=workers, seed=seed, **light)
     encoder = r.create_encoder(n_in)
     if checkpointing: encoder = checkpoint_encoder(encoder)
     checkpoint,notes = Checkpoint(out/'checkpoints', minutes=minutes),[]
     checkpoint.allow = lambda names: f'--override {" ".join([*override, *names])} (or give this run another --out)'
-    table = Watcher(after_epoch=_history, before_train=lambda cb: [_write(*notes.pop()) for _ in notes[:]])
+    def note(cb=None):
+        while notes: _write(*notes.pop())
+    table = Watcher(after_epoch=_history, before_train=note)
     table.order = 90 # after the recorder, before the checkpoint
     cbs = [CollapseMonitor(), checkpoint]
-    if labelled: cbs.append(OnlineKNN(labelled_dls(labelled, *cut_sizes(crop), n_in, workers=workers), every=knn_every))
+    if labelled: cbs.append(OnlineKNN(labelled_dls(labelled, *cut_sizes(crop), n_in, workers=workers, **light), every=knn_every))
     if main:
         out.mkdir(parents=True, exist_ok=True)
-        data = dict(source=str(source), images=len(fns), labelled=labelled)
+        data = dict(source=str(source), images=len(fns), labelled=labelled, **light)
         said = dict(recipe=recipe, method=r.method, run=run, settings=r.settings, data=data, id=os.urandom(4).hex(),
                     command=_again(sys.argv), versions={o:version(o) for o in ('self_supervised','torch','torchvision','fastai','timm')}, commit=git_commit())
         if checkpoint.files: said = _said(out)|dict(data=data)
         notes += [(out/'settings.json', json.dumps(said, indent=1, default=str)), (out/'images.txt', '\n'.join(listed)+'\n')]
-        if not checkpoint.files: [_write(*notes.pop()) for _ in notes[:]] # else when the fit goes on, and nobody has refused
+        if not checkpoint.files: note() # else when the fit goes on, and nobody has refused
         cbs += [table, *_loggers(out, tensorboard, wandb, said)]
     learn = r.learner(dls, encoder, cbs=cbs, path=out)
     new,in_file = not checkpoint.files,checkpoint.newest()[1]['settings'] if override else ()

@@ -24,7 +24,7 @@ from fastai.learner import AvgMetric, Learner
 from fastai.metrics import AccumMetric
 from fastai.torch_core import apply, num_distrib, rank_distrib, set_seed
 
-from .basics import is_empty, loader_facts, rng_states, set_rng_states, warn_once
+from .basics import is_empty, loader_facts, not_finite, rng_states, set_rng_states, warn_once
 from .dist import unwrapped
 from .methods import method_of
 from .pipelines import assert_aug_pipelines, make_views, show_views
@@ -37,7 +37,7 @@ class SSLCallback(Callback):
     min_views,n_inputs,needs_labels,assigns_all,has_codes,queue_joined,settling = 1,1,False,False,False,False,0
     chance = queue = last_codes = _borrowed = _rng = None
     epoch_settings = {} # setting of a recipe → (argument of the callback, True if it is a part of training and not a number of steps, help)
-    transient = ('views', 'target', 'last_codes', 'now')
+    transient,per_image = ('views', 'target', 'last_codes', 'now'),()
     def __init__(self,
         aug_pipelines:list, # view pipelines, one a view, each with `split_idx=0`
         print_augs:bool=False, # print the pipelines
@@ -281,8 +281,7 @@ def after_train(self:SSLCallback):
     "The next epoch of this loader is for everybody; and has this one gone well?"
     set_raw(self.dl, False)
     self._check_finite()
-    if bad := [k for k,v in self.ssl_model.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]:
-        self._diverged(f'{bad[0]}{f" and {len(bad)-1} more" if bad[1:] else ""} of the model hold NaN or infinite values')
+    if bad := not_finite(self.ssl_model): self._diverged(f'{bad[0]}{f" and {len(bad)-1} more" if bad[1:] else ""} of the model hold NaN or infinite values')
 
 @patch
 def before_validate(self:SSLCallback):

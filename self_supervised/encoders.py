@@ -108,7 +108,7 @@ def create_timm_encoder(
     n_in:int=3, # channels of the images; pretrained weights are adapted
     pool_type:str=PoolingType.CatAvgMax, # a `PoolingType` or timm's name of one; where `CatAvgMax` does not fit, and for None, the model's own
     low_resolution:bool=False, # keep the full resolution in the stem, for small images
-    **kwargs # passed to `timm.create_model`: `drop_path_rate`, `patch_size`, `dynamic_img_pad`…; names and numbers (`act_layer='silu'`) can be written to a file with the encoder, classes and functions cannot
+    **kwargs # passed to `timm.create_model`: `drop_path_rate`, `patch_size`, `dynamic_img_pad`…; names, numbers and layers of PyTorch, timm and fastai can be written to a file with the encoder, other classes and functions cannot
 ) -> nn.Module: # (B,n_in,H,W) images to (B,F) features
     "A timm model without its classifier"
     _check_n_in(n_in)

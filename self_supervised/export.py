@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save
 
 from . import __version__
 from .augmentations import NormalizeView
+from .basics import not_finite
 from .core import encoder_of, ssl_callback
 from .dist import unwrapped
 from .layers import create_fastai_encoder, create_timm_encoder
@@ -93,9 +94,7 @@ def check_finite(
     what:str, # what to call it
 ):
     "`FloatingPointError` if a weight of `module` is NaN or infinite, or a buffer is NaN (a mask may well be infinite)"
-    bad  = [k for k,v in module.named_parameters() if not v.isfinite().all()]
-    bad += [k for k,v in module.named_buffers() if v.is_floating_point() and v.isnan().any()]
-    if bad: raise FloatingPointError(f'{what} has diverged: {bad[0]}{f" and {len(bad)-1} more" if bad[1:] else ""} hold NaN or infinite values. '
+    if bad := not_finite(module): raise FloatingPointError(f'{what} has diverged: {bad[0]}{f" and {len(bad)-1} more" if bad[1:] else ""} hold NaN or infinite values. '
                                      'Go back to an earlier checkpoint, or train again with a smaller learning rate')
 
 # %% ../nbs/63_export.ipynb #c948d704

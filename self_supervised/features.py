@@ -29,6 +29,7 @@ from fastai.distributed import DistributedDL
 from fastai.learner import Learner
 from fastai.torch_core import no_random
 
+from .basics import not_finite
 from .core import encoder_of, ssl_callback
 from .pixels import unit_float
 from .ranges import check_range, usable_images
@@ -59,8 +60,9 @@ _whole = torch_data.SequentialSampler, torch_data.RandomSampler, torch_data.Weig
 
 def _same_twice(draw, n):
     "The numbers that `draw` gives, each once, if they are the same twice; else all `n`. None: they are no numbers"
-    try: a,b = (sorted(map(operator.index, islice(draw(), 4*n))) for _ in range(2)) # a sampler may go on for ever
-    except TypeError: return
+    with no_random(reproducible=False):
+        try: a,b = (sorted(map(operator.index, islice(draw(), 4*n))) for _ in range(2)) # a sampler may go on for ever
+        except TypeError: return
     return sorted(set(a)) if a==b else range(n)
 
 def image_ids(
@@ -70,21 +72,20 @@ def image_ids(
     dl = _inner(dl)
     ds = getattr(dl, 'dataset', None)
     n  = len(ds) if hasattr(ds, '__len__') else getattr(dl, 'n', None)
-    with no_random(reproducible=False):
-        if isinstance(dl, DataLoader):
-            if n is None or not dl.indexed: return
-            if getattr(dl.get_idxs, '__func__', None) is DataLoader.get_idxs: return range(n)
-            dl = copy(dl)
-            dl.rng = Random(0)
-            return _same_twice(lambda: iter(dl.get_idxs()), n)
-        if n is None or not isinstance(dl, torch_data.DataLoader) or isinstance(ds, torch_data.IterableDataset): return
-        by = dl.sampler if dl.batch_sampler is None else dl.batch_sampler
-        while hasattr(by, 'sampler'): by = by.sampler
-        if isinstance(by, _whole): return range(n)
-        if hasattr(by, '__next__'): return # it can be asked once
-        batches,by = by is dl.batch_sampler,copy(by)
-        if isinstance(getattr(by, 'generator', None), torch.Generator): by.generator = by.generator.clone_state()
-        return _same_twice(lambda: (i for b in by for i in b) if batches else iter(by), n)
+    if isinstance(dl, DataLoader):
+        if n is None or not dl.indexed: return
+        if getattr(dl.get_idxs, '__func__', None) is DataLoader.get_idxs: return range(n)
+        dl = copy(dl)
+        dl.rng = Random(0)
+        return _same_twice(lambda: iter(dl.get_idxs()), n)
+    if n is None or not isinstance(dl, torch_data.DataLoader) or isinstance(ds, torch_data.IterableDataset): return
+    by = dl.sampler if dl.batch_sampler is None else dl.batch_sampler
+    while hasattr(by, 'sampler'): by = by.sampler
+    if isinstance(by, _whole): return range(n)
+    if hasattr(by, '__next__'): return # it can be asked once
+    batches,by = by is dl.batch_sampler,copy(by)
+    if isinstance(getattr(by, 'generator', None), torch.Generator): by.generator = by.generator.clone_state()
+    return _same_twice(lambda: (i for b in by for i in b) if batches else iter(by), n)
 
 _kept = 'num_workers', 'collate_fn', 'pin_memory', 'timeout', 'worker_init_fn', 'multiprocessing_context', 'prefetch_factor'
 
@@ -150,7 +151,7 @@ def class_names(
     dl, # a fastai or PyTorch DataLoader, or a list of batches
 ) -> list: # or None: nobody knows
     "Names of the classes of `dl`, in the order of their numbers: fastai's `vocab`, torchvision's `classes`"
-    return _names(getattr(_inner(dl), 'dataset', None))
+    return _names(getattr(dl, 'dataset', None))
 
 # %% ../nbs/50_features.ipynb #81137591
 def check_finite_rows(
@@ -209,7 +210,7 @@ def extract_features(
         if at!=home: model.to(home)
     if feats is None: raise ValueError('the DataLoader is empty: give one with images')
     if labels and sum(map(len, labels))!=n: raise ValueError(f'the DataLoader has {n} images and {sum(map(len, labels))} labels: give a label with each, or with none')
-    def why(): return ': so do the weights of the encoder, whose training has diverged' if not all(o.isfinite().all() for o in model.parameters()) or any(o.isnan().any() for o in model.buffers()) else \
+    def why(): return ': so do the weights of the encoder, whose training has diverged' if not_finite(model) else \
         f': look at those images{", and at half precision, which ends at 65,504" if half else ""}'
     check_finite_rows(feats[:n], 'the features', why)
     return feats if n==len(feats) else feats[:n].clone(), torch.cat(labels) if labels else None

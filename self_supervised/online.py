@@ -32,7 +32,7 @@ class _Online(Watcher):
         loaders,norm = labelled_loaders(self.labelled),normalization_of(self.learn, self.kwargs.get('stats'))
         for nm,dl in zip(('dls.train','dls.valid'), loaders):
             y = check_labels(extract_features(self.learn, [first_batch(dl, norm)], **self.kwargs), nm)[1]
-        renumber(y if (all_ := ready_labels(dl)) is None else all_, *map(class_names, loaders[::-1]))
+        renumber(y if (all_ := ready_labels(dl)) is None else all_, *map(class_names, loaders))
         self.history = [] # [epoch, accuracy] of every judgement
         self.now.update({o:float('nan') for o in self.columns})
 

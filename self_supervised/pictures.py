@@ -53,7 +53,9 @@ def _batches(dl, ids=None, norm=None):
     "Batches of `dl` in order: all, or just the images `ids`, sorted and different; without the loader's own normalisation if there is another"
     with in_order(dl, norm) as dl:
         if isinstance(dl, DataLoader):
-            if ids is not None and dl.indexed: dl,ids = dl.new(get_idxs=partial(list, ids)),None
+            if ids is not None and dl.indexed:
+                rows   = dl.get_idxs() # which image is which row
+                dl,ids = dl.new(get_idxs=partial(list, [rows[i] for i in ids])),None
         elif ids is not None and isinstance(getattr(dl, 'sampler', None), torch_data.SequentialSampler) and dl.batch_size:
             dl,ids = torch_data.DataLoader(dl.dataset, dl.batch_size, sampler=ids, collate_fn=dl.collate_fn, num_workers=dl.num_workers),None
         yield dl if ids is None else _pick(dl, ids)

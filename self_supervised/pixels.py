@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .ranges import usable_images
+
 # %% ../nbs/11_pixels.ipynb #a7c36513
 def one_by_one(
     x:Tensor, # images
@@ -34,7 +36,8 @@ def full_precision(
 def unit_float(
     x:Tensor, # images, uint8 or float in [0,1]
 ) -> Tensor: # float in [0,1]
-    "uint8 images as floats in [0,1]; floats as they are"
+    "uint8 images as floats in [0,1]; floats as they are; whole numbers of other types are refused"
+    if not x.is_floating_point() and x.dtype!=torch.uint8: x = usable_images(x)
     return x if x.is_floating_point() else x.float().div_(255)
 
 def apply_where(
@@ -91,6 +94,7 @@ def crop_resize(
     size:tuple, # (h,w) of the result, in pixels
 ) -> Tensor: # (B,C,h,w) float in [0,1]
     "Cut a box out of each image and resize it, bilinear and antialiased"
+    x = usable_images(x)
     return unit_float(crops_one_by_one(x, boxes, size)) if one_by_one(x) else crops_at_once(x, boxes, size)
 
 # %% ../nbs/11_pixels.ipynb #c0f9370a

@@ -15,7 +15,6 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from fastcore.xtras import is_listy
 from fastai.data.core import DataLoaders
-from fastai.distributed import DistributedDL
 from fastai.learner import Learner
 
 from .core import encoder_of
@@ -107,8 +106,8 @@ def labelled_loaders(
 
 def renumber(
     y:Tensor, # (N,) numbers of classes
-    names:list, # of these classes, or None
-    like:list, # the same of the loader that trains, or None
+    like:list, # names of the classes of the loader that trains, or None
+    names:list, # names of these classes, or None
 ) -> Tensor: # (N,) the numbers that `like` has for them; `y` itself where names are not known on both sides
     "Labels by the name of their class"
     if None in (names, like) or names==like: return y
@@ -123,7 +122,6 @@ def ready_labels(
     dl, # a fastai or PyTorch DataLoader, or a list of batches
 ) -> Tensor: # (N,), or None: images have to be read
     "Labels of `dl` that lie ready in its dataset, in order"
-    dl = dl.dl if isinstance(dl, DistributedDL) else dl
     ds,ids = getattr(dl, 'dataset', None),image_ids(dl)
     if ids is None or getattr(ds, 'target_transform', None) is not None: return
     tls = [o for o in getattr(ds, 'tls', ())[1:] if len(o) and not isinstance(o[0], str)] # words are names
@@ -147,16 +145,18 @@ def labelled_features(
     **kwargs, # to `extract_features`, with an encoder
 ) -> tuple: # one pair (features, labels), or two; and last where to work on them
     "Checked pairs of `train` and, perhaps, `test`, extracted if need be"
+    names = None,None
     if isinstance(train, (nn.Module,Learner)):
         device = device or next(encoder_of(train).parameters(), torch.zeros(0)).device
         loaders    = labelled_loaders(test)
-        train,test = (check_labels(extract_features(train, dl, device=device, **kwargs), nm) for nm,dl in zip(('train','test'), loaders))
-        test = test[0],renumber(test[1], *map(class_names, loaders[::-1]))
+        train,test = (extract_features(train, dl, device=device, **kwargs) for dl in loaders)
+        names = map(class_names, loaders)
     elif kwargs: raise TypeError(f'{", ".join(kwargs)}: for extract_features, but train holds features already')
     data = [check_labels(o, nm) for o,nm in ((train,'train'), (test,'test')) if o is not None]
     for (x,_),nm in zip(data, ('train','test')): check_finite_rows(x, nm)
     if len({x.shape[1:] for x,_ in data})>1: raise ValueError(
         f'train has {data[0][0].shape[1]} features an image and test {data[1][0].shape[1]}: take the same encoder')
+    if test is not None: data[1] = data[1][0],renumber(data[1][1], *names)
     return *data,device or data[0][0].device
 
 # %% ../nbs/51_probes.ipynb #d283f97f

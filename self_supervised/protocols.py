@@ -90,7 +90,7 @@ def _on_views(name, encoder, dls, epochs, lrs, sched, pct=None, n_per_class=None
     if not hasattr(train, 'new') or not train.indexed: raise TypeError(
         f'dls.train is a {type(train).__name__}, and images are drawn by number: give a DataLoader of fastai over a dataset with indices')
     if resize_scale is None and size is not None: raise ValueError(f'size={size}: with resize_scale=None the images of dls.train are views already, of the size that they have')
-    names = class_names(valid),class_names(train)
+    names = class_names(train),class_names(valid)
     y,tune,judged = dataset_labels(train),lrs[0]>0,encoder_of(encoder)
     n_classes = count_classes(y, renumber(dataset_labels(valid), *names))
     if pct: n_per_class = max(1, round(pct*len(y)/len(y.unique())))

@@ -55,13 +55,20 @@ def _digest(parts):
 def _size(fn):
     with suppress(OSError, ValueError): return os.stat(fn).st_size # a name need not be a file
 
-def _files(names):
-    "Digests of the names below their common folder, and of the sizes"
+def _middle(fn):
+    with suppress(OSError, ValueError), open(fn, 'rb') as f:
+        f.seek(_size(fn)//2)
+        return f.read(4096)
+
+def _files(names, there):
+    "Digests of the names below their common folder and, if they are `there`, of what is in the files"
     a,b  = min(names),max(names) # what these begin with, all names begin with
     n    = os.path.commonprefix([a,b]).rfind(os.sep)+1
     rel  = [o[n:] for o in names]
-    some = sorted(range(len(rel)), key=rel.__getitem__)[::len(rel)//4096+1]
-    return dict(names=_digest(sorted(rel)), order=_digest(rel), sizes=_digest(_size(names[i]) for i in some))
+    res  = dict(names=_digest(sorted(rel)), order=_digest(rel))
+    if not there: return res
+    some = [names[i] for i in sorted(range(len(rel)), key=rel.__getitem__)[::len(rel)//4096+1]]
+    return res | dict(sizes=_digest(map(_size, some)), contents=_digest(map(_middle, some[::len(some)//64+1])))
 
 def _pixels(x):
     "Shape, type and a digest of numbers all over the images `x`"
@@ -85,8 +92,9 @@ def _data(ds):
     held = (v[0] if isinstance(v, (tuple,list)) and v else v for k in ('x','tensors','data','images') if (v := getattr(ds, k, None)) is not None)
     if (x := first(o for o in held if isinstance(o, (Tensor,np.ndarray)) and o.ndim>2 and len(o)==n)) is not None: return _pixels(x)
     items,res = first(v for k in ('items','samples','imgs') if isinstance(v := getattr(ds, k, None), (list,tuple,L,np.ndarray)) or hasattr(v, 'iloc')),dict(n=n)
-    for i,o in enumerate(_columns(items) if items is not None and len(items) else []):
-        if all(isinstance(v, (str,Path)) for v in o): new = _files([str(v) for v in o])
+    columns = _columns(items) if items is not None and len(items) else []
+    for i,o in enumerate(columns):
+        if all(isinstance(v, (str,Path)) for v in o): new = _files([str(v) for v in o], len(columns)==1 or os.path.isabs(o[0])) # a table may name files from elsewhere
         elif all(isinstance(v, (int,float,np.number)) for v in o): new = dict(values=_digest(o))
         else: continue
         res.update(new if i==0 else {f'{k}{i+1}':v for k,v in new.items()})

@@ -2,7 +2,7 @@
 import os
 os.environ.setdefault('MPLBACKEND', 'Agg')
 
-import inspect, shutil, subprocess
+import inspect, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -45,7 +45,7 @@ def seed():
 # ---- which tests start processes: it is seen in their code, in that of their fixtures, and in what these call in tests/
 
 def _codes(code): return [code, *(o for c in code.co_consts if inspect.iscode(c) for o in _codes(c))]
-def _is_ours(o): return (inspect.isfunction(o) or inspect.isclass(o)) and Path(inspect.getsourcefile(o) or '').parent==Path(__file__).parent and o.__module__!='conftest'
+def _is_ours(o): return (inspect.isfunction(o) or inspect.isclass(o)) and Path(getattr(sys.modules.get(o.__module__), '__file__', None) or '').parent==Path(__file__).parent and o.__module__!='conftest'
 
 def _starts(f, seen):
     "Does the function or class `f` of a test file, or one that it names, use `subprocess`, `multiprocessing` or `processes`?"

@@ -6,7 +6,7 @@ import inspect, itertools, pickle, warnings
 import numpy as np, pytest, torch
 import torchvision.transforms as T, torchvision.transforms.v2.functional as tvf
 from fastai.torch_core import set_seed
-from fastai.vision.all import Normalize, Pipeline, RandomErasing, Transform
+from fastai.vision.all import Normalize, Pipeline, RandomErasing, TensorImage, TensorImageBW, Transform
 from PIL import Image
 from scipy import ndimage
 from scipy.stats import binomtest, chisquare, ks_2samp
@@ -327,7 +327,7 @@ def seeded(pipe, x):
 @every
 def test_arguments(f):
     ps = inspect.signature(f).parameters.values()
-    assert [p.name for p in ps if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)] == arguments
+    assert {p.name for p in ps} == {*arguments, *(['min_scale','max_lighting'] if f is get_fastai_batch_augs else [])} and all(p.kind is p.POSITIONAL_OR_KEYWORD for p in ps)
     own = inspect.signature(get_batch_augs).parameters
     assert all(p.default==own[p.name].default for p in ps if p.name in own)
 
@@ -336,8 +336,10 @@ def test_arguments_of_several():
 
 @every
 def test_arguments_by_position(f):
-    vals = [16, True, True, True, True, (.5,.6), (1.,1.5), 12, .4, (.3,.4), False, .1, .2, .3, .4, .6, rgb, False, []]
-    a,b = f(*vals),f(**dict(zip(arguments, vals)))
+    given = dict(size=16, rotate=True, jitter=True, bw=True, blur=True, resize_scale=(.5,.6), resize_ratio=(1.,1.5), rotate_deg=12, jitter_s=.4, blur_s=(.3,.4), same_on_batch=False,
+                 flip_p=.1, rotate_p=.2, jitter_p=.3, bw_p=.4, blur_p=.6, stats=rgb, cuda=False, xtra_tfms=[], min_scale=.5, max_lighting=.3)
+    vals = [given[k] for k in itertools.takewhile(lambda k: k!='exact_hue', inspect.signature(f).parameters)]
+    a,b = f(*vals),f(**dict(zip(inspect.signature(f).parameters, vals)))
     assert repr(a)==repr(b)
     x = images(20, 24)/255
     assert torch.equal(seeded(a, x), seeded(b, x))
@@ -408,6 +410,34 @@ def test_channels_types_and_sizes(f, c):
                 assert v.shape==(3,c,*((size,size) if isinstance(size, int) else size))
                 assert type(v) is torch.Tensor and v.dtype==torch.float32 and v.isfinite().all()
                 assert v.min()>=-1e-4 and v.max()<=1+1e-4
+
+class Tile(TensorImage): pass # somebody's own
+
+@every
+@pytest.mark.parametrize('kind', [torch.Tensor, TensorImage, TensorImageBW, Tile])
+def test_the_class_of_the_images_is_that_of_the_views(f, kind):
+    "fastai's images give fastai's images, at no other price than a plain tensor's: the work is done on plain ones"
+    x = images(24, 20).as_subclass(kind)
+    pipe = f(16, **full)
+    for p,x in ((pipe, x), (pipe, x.float()/255), (get_batch_augs(16, xtra_tfms=[lambda o: o*1]), x)):
+        assert type(p(x)) is kind and torch.equal(seeded(p, x).as_subclass(torch.Tensor), seeded(p, x.as_subclass(torch.Tensor)))
+    assert type(pipe.decode(pipe(x))) is kind and all(type(v) is kind for v in pipe.views(x, 3))
+    assert [type(v) for v in make_views(get_multi_aug_pipelines(2, 8)+[pipe], x)]==[kind]*3
+
+@every
+@pytest.mark.parametrize('dtype,top,says', [(torch.uint16,65535,'65535'), (torch.int16,4000,'4095'), (torch.int32,10_000,'16383'), (torch.int64,200,r'x\.to\(torch\.uint8\)')])
+def test_whole_numbers_of_more_than_8_bits_are_refused(f, dtype, top, says):
+    "To divide them by 255 would make white of nearly all of them"
+    x = torch.full((2,3,20,20), top, dtype=torch.int64).to(dtype)
+    for p in (f(16, stats=None), f(16, False, False, False, False)):
+        with pytest.raises(ValueError, match=f'are {dtype} with values up to {top}: .*{says}'): p(x)
+    with pytest.raises(ValueError, match='channels last.*permute'): f(16)(torch.rand(2,20,24,3))
+
+@every
+@pytest.mark.parametrize('dtype', [torch.bool, torch.float16, torch.bfloat16, torch.float64])
+def test_types_that_lose_nothing_are_taken(f, dtype):
+    x = torch.rand(2,3,20,20).round().to(dtype)
+    assert torch.allclose(seeded(f(16, stats=None), x).float(), seeded(f(16, stats=None), x.float()), atol=1e-2)
 
 @every
 def test_uint8_and_float_give_the_same_view(f):
@@ -646,6 +676,30 @@ def test_one_notice_for_what_needs_rgb(f):
         for p in pipes: p(torch.rand(2,3,20,20))
         f(16, False, False, False, stats=None)(torch.rand(2,1,20,20)) # without colour there is nothing to leave out
     assert not [o for o in w if 'channel' in str(o.message)]
+
+# ---- sigma, and what the older package did with it
+
+def older_width(s):
+    "What remains of a point after a Gaussian of `s` pixels in a kernel of int(s/4)*2+1, by torchvision"
+    k = tvf.gaussian_blur(F.pad(torch.ones(1,1,1,1), [30]*4), [int(s/4)*2+1]*2, [float(s)])[0,0].sum(0)
+    return (k*(torch.arange(61)-30)**2).sum().sqrt().item()
+
+@every
+@pytest.mark.parametrize('s', [(4,16), [4,32], (8,32), 12, (2.,9.)])
+def test_notice_for_a_sigma_from_the_older_package(f, s):
+    "It says by how much the same numbers blurred there, and once for all pipelines"
+    lo,hi = s if isinstance(s, (tuple,list)) else (s,s)
+    there = tuple(round(max(.1, older_width(o)), 1) for o in (lo,hi))
+    warn_once.cache_clear()
+    with pytest.warns(UserWarning) as w: [f(16, blur_s=s) for _ in range(3)]
+    assert [str(o.message).count(f'blur_s={there} is what it did') for o in w]==[1]
+
+@every
+def test_no_notice_for_usual_sigmas(f):
+    warn_once.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        f(16), f(16, blur_s=(.1,5.)), f(16, blur=False, blur_s=(4,16))
 
 # ---- wrong use
 

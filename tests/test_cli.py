@@ -7,12 +7,11 @@ import numpy as np, psutil, pytest, timm, torch, torchvision
 from PIL import Image
 
 import processes
-from self_supervised import cli, cli_data, cli_pretrain
+from self_supervised import cli, cli_judge, cli_pretrain
 from self_supervised.all import (create_encoder, create_swav_model, encoder_info, fashion_mnist, fine_tune, knn, linear_probe, load_encoder, read_checked,
                                  sgd_probe, tensor_dls, write_atomic)
 from self_supervised.cli_command import ask_package, flags_file, parse as parse_words
-from self_supervised.cli_data import cut_sizes, labelled_dls
-from self_supervised.cli_judge import open_encoder
+from self_supervised.cli_judge import cut_sizes, labelled_dls, open_encoder
 from self_supervised.pretrained import create_official_model
 from self_supervised.recipes import get_recipe, recipes, setting_info
 
@@ -352,6 +351,8 @@ print(json.dumps(said))
     ('IMG --recipe swav_small --labelled FEW',       r'one folder for each class'),
     ('IMG --recipe swav_small --out IMG/0300.png',   r'is a file: give a folder'),
     ('IMG --recipe swav_small --out EMPTY --resume', r'no run in .* to go on with'),
+    ('IMG --recipe swav_small --out EMPTY --override data', r'--override: there is no run in .* to go on with'),
+    ('IMG --recipe swav_small --out IMG',            r'holds 0256.png, 0257.png, 0258.png … and no run of this command: files there might be overwritten'),
 ])
 def test_wrong_pretraining(words, says, images, tmp_path, refused):
     (tmp_path/'empty').mkdir()
@@ -399,6 +400,122 @@ def run_folder(out):
     (out/'checkpoints').mkdir()
     (out/'checkpoints'/'fit01-step000000001.ckpt').touch()
     return dict(recipe='swav_small', **run, **r.settings)
+
+# What is in the folder of a run
+
+def few(folder, n=24, seed=0, size=30):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n): Image.fromarray(np.random.default_rng([seed,i]).integers(0, 255, (size,size), dtype=np.uint8)).save(folder/f'{i:02}.png')
+    return folder
+
+def quick(source, out, **kwargs):
+    "A run in this process, of three steps an epoch"
+    return cli.ssl_pretrain(source, out=out, **{**dict(recipe='swav_small', n_in=1, arch='test_mambaout', low_resolution=False, hidden_size=16, bs=8, warmup_epochs=0., n_protos=5, workers=0, epochs=1), **kwargs})
+
+def held(folder):
+    "What is in the files; the header of an encoder has no order"
+    def read(f): return {k:v.tolist() for k,v in load_encoder(f).state_dict().items()} if f.name=='encoder.safetensors' and f.stat().st_size else f.read_bytes()
+    return {o.relative_to(folder):read(o) for o in folder.rglob('*') if o.is_file()}
+
+@pytest.mark.parametrize('files', [{'settings.json':'{}'}, {'settings.json':'[1]'}, {'loss.png':''}, {'encoder.safetensors':''}, {'sub/x.txt':''}], ids=lambda o: next(iter(o)))
+def test_foreign_folder(images, tmp_path, files):
+    "is left as it is"
+    for k,v in files.items(): (tmp_path/k).parent.mkdir(exist_ok=True); (tmp_path/k).write_text(v)
+    before = held(tmp_path)
+    with pytest.raises(ValueError, match='might be overwritten|would overwrite'): cli.ssl_pretrain(images/'all', 'swav_small', tmp_path, n_in=1)
+    assert held(tmp_path)==before
+    (tmp_path/'hidden').mkdir(); (tmp_path/'hidden'/'.keep').touch()
+    cli_pretrain._check_out(tmp_path/'hidden') # counts as empty
+
+def test_life_of_a_run(tmp_path, capsys):
+    "Finished, given again, with its images moved, changed, lost and new; with its checkpoints gone. Nothing is said to be ready that is not, and nothing overwritten"
+    im,run = few(tmp_path/'im'),tmp_path/'im'/'run' # among the images, so that its own pictures lie there too
+    assert quick(im, run)==0
+    said = capsys.readouterr().out
+    assert 'The encoder is in' in said and sorted(o.name for o in run.iterdir())==['checkpoints', 'encoder.safetensors', 'history.csv', 'images.txt', 'loss.png', 'monitor.png', 'settings.json', 'views.png']
+    assert (run/'images.txt').read_text().splitlines()==[f'{i:02}.png' for i in range(24)]
+    before = held(run)
+    def same(): now = held(run); return all(now[k]==v for k,v in before.items() if k.name not in ('loss.png','monitor.png'))
+
+    few(im/'new', 3)
+    assert quick(im, run)==0 and same()
+    said = capsys.readouterr().out
+    assert 'where it ended' in said and f'3 images have come to {im}' in said
+    (tmp_path/'im').rename(tmp_path/'moved'); im,run = tmp_path/'moved',tmp_path/'moved'/'run'
+    assert quick(im, run)==0 and same()
+
+    capsys.readouterr()
+    other = few(tmp_path/'other', 24, seed=1)
+    for change,named in ((lambda: None, 'data.contents'), (lambda: few(other, 24, seed=1, size=40), 'data.sizes'), (lambda: (other/'05.png').unlink(), '1 of the 24 images .*05.png'), (lambda: (other/'04.png').rename(other/'x.png'), '2 of the 24 images .*04.png, 05.png')):
+        change()
+        with pytest.raises(ValueError, match=f'(?s){named}.*--override data'): quick(other, run)
+        assert 'The encoder is in' not in capsys.readouterr().out and same()
+    with pytest.raises(ValueError, match=r'epochs: 1 → 2.*--override epochs'): quick(im, run, epochs=2)
+    with pytest.raises(ValueError, match=r'(?s)n_epoch: 1 → 2.*--override epochs n_epoch '): quick(im, run, epochs=2, override=['epochs'])
+    with pytest.raises(ValueError, match='override.*epoch_s.*no such settings'): quick(im, run, override=['epoch_s'])
+    assert same()
+    names = 'epochs n_epoch data'.split()
+    assert quick(other, run, epochs=2, override=names)==0 and [int(o['epoch']) for o in history(run)]==[0,1]
+    assert len((run/'images.txt').read_text().splitlines())==23 and json.loads((run/'settings.json').read_text())['data']==dict(source=str(other), images=23, labelled=None)
+
+    for f in (run/'checkpoints').iterdir(): f.unlink()
+    before = held(run)
+    for kwargs in (dict(epochs=2), dict(temp=.2)):
+        with pytest.raises(ValueError, match='holds an encoder, and no checkpoints'): quick(im, run, **kwargs)
+    assert held(run)==before
+
+def test_a_damaged_image_is_deleted(tmp_path, capsys):
+    "The run that it stopped goes on from the shell, with what is left"
+    im,run = few(tmp_path/'im'),tmp_path/'run'
+    good = (im/'11.png').read_bytes()
+    from self_supervised.checkpoint import Checkpoint
+    def broken(self): # after the first epoch the file is cut short
+        if self.epoch==0: (im/'11.png').write_bytes(good[:100])
+        return after(self)
+    after = Checkpoint.after_epoch
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(Checkpoint, 'after_epoch', broken)
+        with pytest.raises(ValueError, match='11.png'): quick(im, run, epochs=3, minutes=1e-6)
+    (im/'11.png').unlink()
+    with pytest.raises(ValueError, match='1 of the 24 images of the run .*11.png.*--override data'): quick(im, run, epochs=3)
+    capsys.readouterr()
+    assert quick(im, run, epochs=3, override=['data'])==0
+    said = capsys.readouterr().out
+    assert 'The encoder is in' in said and len(history(run))==3 and len((run/'images.txt').read_text().splitlines())==23
+    assert quick(im, run, epochs=3)==0 # and from now on that is the run
+
+@pytest.mark.parametrize('epochs', [1, 3])
+def test_a_run_of_nan(tmp_path, capsys, monkeypatch, epochs):
+    "ends with one line and a status, and has no encoder"
+    im,run = few(tmp_path/'im'),tmp_path/'run'
+    words = ['ssl_pretrain', im, '--recipe', 'swav_small', '--n-in', 1, '--arch', 'test_mambaout', '--no-low-resolution', '--hidden-size', 16, '--bs', 8, '--warmup-epochs', 0, '--n-protos', 5, '--workers', 0, '--epochs', epochs,
+             '--lr', 1e8, '--lr-start', 1e8, '--lr-final', 1e8, '--out', run]
+    monkeypatch.setattr(sys, 'argv', [str(o) for o in words])
+    with pytest.raises(SystemExit) as e: cli.ssl_pretrain()
+    assert re.match('ssl_pretrain: the run has diverged.*--lr with a smaller value', e.value.code) and 'Exception occured' not in e.value.code
+    assert 'The encoder is in' not in capsys.readouterr().out and not (run/'encoder.safetensors').exists()
+    assert not (run/'history.csv').exists() and not (run/'checkpoints').exists()
+
+def test_a_run_that_becomes_nan(tmp_path, monkeypatch):
+    "names its last good checkpoint, which is still there and can be gone on from"
+    im,run = few(tmp_path/'im'),tmp_path/'run'
+    from self_supervised.checkpoint import Checkpoint
+    after = Checkpoint.after_epoch
+    def spoil(self):
+        after(self)
+        if self.epoch==1:
+            with torch.no_grad(): next(self.model.parameters()).fill_(float('nan'))
+    with monkeypatch.context() as m:
+        m.setattr(Checkpoint, 'after_epoch', spoil)
+        with pytest.raises(FloatingPointError, match='diverged.*The last good checkpoint is .*fit01-step000000006.ckpt.*--override lr param_scheduler.lr'): quick(im, run, epochs=4, minutes=1e-6)
+    assert quick(im, run, epochs=4)==0 and len(history(run))==4
+
+def test_encoder_comes_before_the_pictures(tmp_path, monkeypatch):
+    "which may fail"
+    def fail(*args): raise RuntimeError('no display')
+    monkeypatch.setattr(cli_pretrain, '_save_curves', fail)
+    with pytest.raises(RuntimeError): quick(few(tmp_path/'im'), tmp_path/'run')
+    assert (tmp_path/'run'/'encoder.safetensors').exists()
 
 def test_other_settings(images, tmp_path):
     "A run is not gone on with under other settings: those of the recipe are compared before anything is built"
@@ -448,7 +565,7 @@ def test_centre():
     with tempfile.TemporaryDirectory() as d:
         im.save(f'{d}/x.png')
         size,resize = cut_sizes(224)
-        got = cli_data._open_centre(f'{d}/x.png', resize, size, n_in=3).float()
+        got = cli_judge._open_centre(f'{d}/x.png', resize, size, n_in=3).float()
     assert got.shape==want.shape and (got-want).abs().mean()<1.
 
 def test_flags_are_those_of_the_recipes():
@@ -467,7 +584,7 @@ def test_every_setting_has_a_flag_that_gives_it():
         for k,v in r.settings.items():
             f = k.replace('_', '-')
             if isinstance(v, bool): words.append(f'--{f}' if v else f'--no-{f}')
-            else: words += [f'--{f}', *map(str, v if isinstance(v, tuple) else ['none' if v is None else v])]
+            else: words += [f'--{f}', *(str(i) for o in (v if isinstance(v, tuple) else ['none' if v is None else v]) for i in (o if isinstance(o, (list,tuple)) else [o]))]
         _,args = parse(f'ssl_pretrain photos --recipe {nm} '+' '.join(words))
         given = {k:v for k,v in args.items() if k in r.settings}
         assert given==r.settings and {k:type(v) for k,v in given.items()}=={k:type(v) for k,v in r.settings.items()}

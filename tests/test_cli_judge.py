@@ -9,9 +9,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop
 
-from self_supervised import cli, cli_data
-from self_supervised.cli_data import cut_sizes, labelled_dls
-from self_supervised.cli_judge import Judge, open_encoder
+from self_supervised import cli, cli_judge
+from self_supervised.cli_judge import Judge, cut_sizes, labelled_dls, open_encoder
 from self_supervised.all import create_encoder, create_swav_model, load_encoder
 
 def save(fn, a):
@@ -85,7 +84,7 @@ def test_training_on_views(f, kw, encoder, folder, tmp_path, monkeypatch):
     data = tmp_path/'two'
     for c in 'ab': shutil.copytree(folder/c, data/c)
     opened = []
-    monkeypatch.setattr(cli_data, '_open_view', lambda fn,crop,n_in,**_: (opened.append(crop), torch.full((n_in,32,32), 99*(fn.parent.name=='b'), dtype=torch.uint8))[1])
+    monkeypatch.setattr(cli_judge, '_open_view', lambda fn,crop,n_in,**_: (opened.append(crop), torch.full((n_in,32,32), 99*(fn.parent.name=='b'), dtype=torch.uint8))[1])
     a,b = (f(str(encoder), data, size=32, bs=4, results=tmp_path/'r', **kw) for _ in range(2))
     assert a.runs==b.runs and a.settings['resize_scale'] is None and opened
     assert {(t.size,t.scale) for t in (o.transforms[0] for o in opened)}=={((32,32),(.08,1.))}
@@ -140,6 +139,15 @@ def test_a_diverged_encoder(v, encoder, folder, tmp_path):
         with pytest.raises(FloatingPointError, match='has diverged'): f()
     assert sorted(o.name for o in tmp_path.iterdir())==['encoder.safetensors']
 
+def test_a_copy_by_another_name(encoder, folder, tmp_path):
+    "is what it is, whatever its name says"
+    shutil.copy(encoder, copy := tmp_path/'copy.pth')
+    a,b = (cli.ssl_knn(str(o), folder, k=3, size=32, results=tmp_path/'r') for o in (encoder, copy))
+    assert a==b
+    torch.save(dict(a=torch.zeros(3)), other := tmp_path/'other.pth')
+    with pytest.raises(ValueError, match='other.pth is not a file of export_encoder'): cli.ssl_export(str(other), tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+
 def test_export_is_a_copy(encoder, tmp_path):
     out = cli.ssl_export(str(encoder), tmp_path/'out.safetensors')
     assert out.read_bytes()==encoder.read_bytes() and all(torch.equal(a, b) for a,b in zip(load_encoder(out).state_dict().values(), load_encoder(encoder).state_dict().values()))
@@ -148,3 +156,15 @@ def test_answer_is_written(encoder, folder, tmp_path):
     r = cli.ssl_knn(str(encoder), folder, k=3, size=32, results=tmp_path/'r')
     line = json.loads((tmp_path/'r').read_text())
     assert line['accuracy']==r.accuracy and (line['settings']['train'],line['settings']['test'])==(16,4)
+
+def test_white_is_that_of_the_run(tmp_path, monkeypatch):
+    "Files of 12 bits in 16: what the run took for white, by itself or by a flag, is white for its judges"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('sys.argv', ['ssl_pretrain'])
+    for i in range(16): save(tmp_path/'images'/'ab'[i%2]/f'{i}.png', np.random.default_rng(i).integers(0, 3000, (16,16)).astype(np.uint16))
+    cli.ssl_pretrain('images', 'swav_small', 'run', n_in=1, bs=8, epochs=1, warmup_epochs=0., n_protos=4, crop_sizes=(12,8), num_crops=(2,1), load_size=14, workers=0, arch='test_resnet', stats=None, max_value=16383.)
+    asked = []
+    monkeypatch.setattr('self_supervised.image_files.common_depth', lambda fns, n_in, max_value=None, n=64: (asked.append(max_value), dict(dtype=torch.float32, max_value=max_value or 4095))[1])
+    cli.ssl_knn('run', 'images', k=2)
+    cli.ssl_knn('run', 'images', k=2, max_value=4095.)
+    assert asked==[16383,4095]

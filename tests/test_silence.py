@@ -7,7 +7,6 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.data.core import DataLoaders
 from fastai.interpret import Interpretation
-from fastai.learner import AvgMetric, Learner
 from fastai.metrics import F1Score, accuracy
 from fastai.torch_core import TensorImage
 from fastai.callback.schedule import lr_find # noqa: F401 (patches Learner)
@@ -207,3 +206,12 @@ def test_views_larger_than_the_images():
     words = [o for o in said(lambda: quiet(learner('simclr', cb=methods['simclr'].callback(augs)), 1)) if 'blown up' in o]
     assert len(words)==1 and '14×14 pixels and views 32×32' in words[0] and 'size=36' in words[0]
     assert not any('blown up' in o for o in said(lambda: quiet(learner('simclr'), 1)))
+
+@pytest.mark.parametrize('dtype', [torch.uint16,torch.int16,torch.int32,torch.int64], ids=str)
+def test_steps_alone_divide_bytes_only(dtype):
+    "12 bits are never divided by 255, nor is a crash left to PyTorch"
+    from self_supervised.transforms import RandomCropResize, RandomFlip
+    x = torch.full((2,3,4,4), 300).to(dtype)
+    for step in (RandomCropResize(4), RandomFlip(.5)):
+        with pytest.raises(ValueError, match=r'values up to 300.*x.float\(\)/1023'): step(x, split_idx=0)
+    assert RandomFlip(0.)(torch.ones(2,3,4,4, dtype=torch.bool), split_idx=0).unique().tolist()==[1.]

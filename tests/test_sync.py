@@ -94,7 +94,7 @@ def private(path):
 
 def names_methods(path):
     "Modules outside `vision` that know a method: import it, or name it"
-    res,known = [],[m.stem for m in modules(path) if m.parent.name=='vision']
+    res,known = [],[m.stem for m in modules(path) if m.parent.name=='vision' and 'register_method(' in m.read_text(encoding='utf-8')]
     for m in modules(path):
         if m.parent.name=='vision' or m.stem=='modules': continue # `modules` has the older package's names of two methods
         me = dotted(path, m)
@@ -224,7 +224,7 @@ def test_all():
     from fastai.vision import all as fastai_all
     ns,listed = {},re.findall(rf'^from {pkg}\.(\w+) import \*', (root/pkg/'all.py').read_text(), re.M)
     exec(f'from {pkg}.all import *', ns)
-    faces  = [root/pkg/f'{o}.py' for o in ('augmentations', 'layers', 'evaluation', 'diagnostics', 'checkpoint')]
+    faces  = [root/pkg/f'{o}.py' for o in ('data', 'augmentations', 'layers', 'evaluation', 'diagnostics', 'checkpoint')]
     behind = {base.split('.')[1] for f in faces for base,_ in imported(root, f) if base.startswith(f'{pkg}.')}
     for m in modules(root):
         if m.stem.split('_')[0] in ('cli', 'explore'): continue

@@ -89,10 +89,11 @@ def create_deepcluster_model(
     nlayers:int=2, # linear layers in the projector, as in the official code
     n_features:int=None, # F of the encoder; None: found by a trial run, on 64 pixels unless the encoder is made for another size
     n_heads:int=3, # H, clusterings at a time (official code)
+    fastai_init:bool=True, # initial weights of the projector as fastai draws them; False: as PyTorch does, and with it the official code
 ) -> DeepClusterModel: # its prototypes do not learn
     "A `DeepClusterModel` around `encoder`"
     projector = create_mlp_module(n_features or encoder_dim(encoder), hidden_size, projection_size, bn=bn, nlayers=nlayers)
-    apply_init(projector)
+    if fastai_init: apply_init(projector)
     return DeepClusterModel(encoder, projector, nn.Linear(projection_size, n_heads*n_protos, bias=False), n_heads)
 
 # %% ../../nbs/42_vision.deepcluster.ipynb #0f1ef625
@@ -108,6 +109,7 @@ def deepcluster_loss(
 class DeepCluster(SSLCallback):
     "Pretrain with DeepCluster-v2"
     min_views,assigns_all,has_codes = 2,True,True
+    per_image = 'memory','labels' # no use with other images
     transient = (*SSLCallback.transient, 'last_labels')
     def __init__(self,
         aug_pipelines:list, # view pipelines, as from `get_deepcluster_aug_pipelines`

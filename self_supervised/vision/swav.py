@@ -149,11 +149,6 @@ class SWAV(SSLCallback):
 
 # %% ../../nbs/40_vision.swav.ipynb #b8bdd792
 @patch(as_prop=True)
-def augs(self:SWAV) -> list: # view pipelines, one a view
-    "`aug_pipelines`, as the older package called them"
-    return self.aug_pipelines
-
-@patch(as_prop=True)
 def chance(self:SWAV) -> float: # ln K, the loss of equal scores
     "The loss of a model that knows nothing"
     return math.log(len(self.ssl_model.prototypes.weight))
@@ -173,6 +168,7 @@ def settling(self:SWAV) -> int: # steps of the optimizer
     "How long the prototypes are frozen, if that was said"
     return self.freeze_prototypes_niters or 0
 
+SWAV.augs          = property(lambda self: self.aug_pipelines, doc='`aug_pipelines`, as the older package called them')
 SWAV.heads         = staticmethod(lambda model: model.prototypes.weight.detach()[None])     # one head
 SWAV.official_args = staticmethod(lambda n_heads: {} if n_heads==1 else None)               # and one set of prototypes in the released files
 
@@ -271,13 +267,10 @@ def suggest(cls:SWAV,
     return res
 
 # %% ../../nbs/40_vision.swav.ipynb #7da63d00
-_official    = 'Official run of Caron et al. 2020; ImageNet, linear: {} % top-1.'
-_small_batch = dict(bs=256, lr=.6, lr_start=.6, lr_final=.0006, warmup_epochs=0., K=3840)
-_wide        = dict(epochs=400, num_crops=(2,4), hidden_size=8192)
-def _steps(n, bs): return dict(bs=bs, freeze_epochs=n*bs/1_281_167) # of ImageNet
-_first = dict(wd_bn_bias=True, stats=([.485,.456,.406],[.228,.224,.225]), fastai_init=False, freeze_epochs=1., queue_start_epoch=15., num_crops=(2,6), crop_sizes=(224,96), min_scales=(.14,.05), max_scales=(1.,.14),
-              jitter_s=1., jitter_p=.8, bw_p=.2, blur_p=.5, blur_s=(.1,2.), hidden_size=2048, projection_size=128, n_protos=3000,
-              crop_assgn_ids=(0,1), K=None, temp=.1, eps=.05, n_sinkh_iter=3, epochs=100)
+_small_batch,_wide = dict(bs=256, lr=.6, lr_start=.6, lr_final=.0006, warmup_epochs=0., K=3840),dict(epochs=400, num_crops=(2,4), hidden_size=8192)
+_first = dict(epochs=100, wd_bn_bias=True, freeze_epochs=1., queue_start_epoch=15., hidden_size=2048, projection_size=128, fastai_init=False, n_protos=3000,
+              num_crops=(2,6), crop_sizes=(224,96), min_scales=(.14,.05), max_scales=(1.,.14), jitter_s=1., jitter_p=.8, bw_p=.2, blur_p=.5, blur_s=(.1,2.),
+              stats=([.485,.456,.406],[.228,.224,.225]), crop_assgn_ids=(0,1), K=None, temp=.1, eps=.05, n_sinkh_iter=3)
 _runs = {nm: (arch, top1, changes) for nm,arch,top1,changes in [ # name → architecture, top-1 in %, what differs from the first
     ('swav_100ep',        'resnet50',   72.1, {}),
     ('swav_200ep',        'resnet50',   73.9, dict(epochs=200)),
@@ -287,17 +280,16 @@ _runs = {nm: (arch, top1, changes) for nm,arch,top1,changes in [ # name → arch
     ('swav_400ep_bs256',  'resnet50',   74.3, dict(epochs=400, **_small_batch)),
     ('swav_400ep_2x224',  'resnet50',   70.1, dict(epochs=400, num_crops=(2,), crop_sizes=(224,), min_scales=(.08,), max_scales=(1.,))),
     ('swav_RN50w2_400ep', 'resnet50w2', 77.3, _wide),
-    ('swav_RN50w4_400ep', 'resnet50w4', 77.9, _wide | _steps(313, 2560) | dict(lr=4.8, lr_start=.3, lr_final=.0048, K=2560, queue_start_epoch=0., min_scales=(.08,.08))),
-    ('swav_RN50w5_400ep', 'resnet50w5', 78.5, _wide | _steps(313, 1536) | dict(lr=4.8, lr_start=.1875, lr_final=0., K=1536, queue_start_epoch=0., hidden_size=10240))]}
+    ('swav_RN50w4_400ep', 'resnet50w4', 77.9, _wide | dict(bs=2560, freeze_epochs=313*2560/1_281_167, lr=4.8, lr_start=.3, lr_final=.0048, K=2560, queue_start_epoch=0., min_scales=(.08,.08))),
+    ('swav_RN50w5_400ep', 'resnet50w5', 78.5, _wide | dict(bs=1536, freeze_epochs=313*1536/1_281_167, lr=4.8, lr_start=.1875, lr_final=0., K=1536, queue_start_epoch=0., hidden_size=10240))]}
 
 _small = dict(bs=128, epochs=12, opt='adam', lr_start=4e-4, lr=4e-3, lr_final=4e-6, warmup_epochs=1., mom=.9, wd=.01, precision='fp32', arch='test_resnet', low_resolution=True,
-              num_crops=(2,4), crop_sizes=(28,14), min_scales=(.4,.1), max_scales=(1.,.4), n_protos=100, crop_assgn_ids=(0,1), K=None, freeze_epochs=.5,
-              jitter_s=.5, bw=False, blur=False, hidden_size=512, bn=True, temp=.1,
+              num_crops=(2,4), crop_sizes=(28,14), min_scales=(.4,.1), max_scales=(1.,.4), jitter_s=.5, bw=False, blur=False, n_protos=100, crop_assgn_ids=(0,1), K=None, freeze_epochs=.5, hidden_size=512, bn=True, temp=.1,
               about='Ours: Fashion-MNIST, 5,000 images, seeds 0 to 2, commit 0fa7550, 1,000 test images in %: '
                     'k-NN(20) 80.6 ± 0.5, linear on ten labels a class 73.4 ± 0.9, on all 85.6 ± 0.5.')
 
 # %% ../../nbs/40_vision.swav.ipynb #84a595ef
-def _recipe(nm, arch, top1, changes): return (_first if nm=='swav_100ep' else dict(like='swav_100ep')) | dict(arch=arch, about=_official.format(top1), **changes)
+def _recipe(nm, arch, top1, changes): return (_first if nm=='swav_100ep' else dict(like='swav_100ep')) | dict(arch=arch, about=f'Official run of Caron et al. 2020; ImageNet, linear: {top1} % top-1.', **changes)
 
 def _weights(nm, arch, top1, changes):
     r = _first | changes

@@ -1,0 +1,122 @@
+"The file of an encoder: what it says of itself, that it is whole, and that it holds numbers"
+import json, os, stat
+from functools import partial
+
+import pytest, timm, torch
+from fastai.learner import Learner
+from safetensors.torch import load_file
+from torch import nn
+
+from self_supervised.data import tensor_dls
+from self_supervised.export import check_finite, creation_text, encoder_info, is_safetensors, load_encoder
+from self_supervised.checkpoint import Checkpoint
+from self_supervised.layers import create_encoder, create_timm_encoder
+from self_supervised.pretrained import to_layout
+
+import methods
+from methods import augs, callback, images
+
+def learner(enc, cbs=()): return Learner(tensor_dls(images(c=3), bs=8), methods.model('swav', enc=enc, n_features=getattr(enc, 'num_features', 4)), cbs=[callback('swav', augs('swav')), *cbs])
+
+def tiny(**kwargs): return create_encoder('vit_tiny_patch16_224', pretrained=False, pool_type='avg', depth=1, embed_dim=24, img_size=32, patch_size=2, **kwargs)
+
+class Mine(nn.SiLU): "A layer of my own"
+
+@pytest.mark.parametrize('kwargs', [dict(act_layer=nn.SiLU), dict(act_layer='silu'), dict(norm_layer=partial(nn.LayerNorm, eps=1e-3)), dict(act_layer=partial(nn.GELU, approximate='tanh')), dict(act_layer=timm.layers.Swish)],
+                         ids=['class','name','partial','partial-2','timm'])
+def test_built_with_layers(tmp_path, kwargs):
+    "They are text in the header, and layers again in a new encoder"
+    enc   = tiny(**kwargs)
+    again = load_encoder(learner(enc).export_encoder(tmp_path/'e.safetensors'))
+    assert str(again)==str(enc) and all(torch.equal(a, b) for a,b in zip(enc.state_dict().values(), again.state_dict().values()))
+    x = torch.rand(2,3,32,32)
+    assert torch.equal(enc.eval()(x), again.eval()(x))
+
+@pytest.mark.parametrize('what', [Mine, lambda: nn.ReLU(), partial(Mine, inplace=True), partial(nn.Hardtanh, 0.)], ids=['class','function','partial','positional'])
+def test_built_with_what_cannot_be_written(tmp_path, what):
+    "The weights are written all the same, the header says why there is no more, and it is said when the fit begins"
+    enc = tiny(act_layer=what)
+    with pytest.warns(UserWarning, match='export_encoder will write the weights alone: .*cannot be written as text.*needs it as `encoder`'):
+        learn = learner(enc, [Checkpoint(tmp_path/'run')])
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    f = learn.export_encoder(tmp_path/'e.safetensors')
+    info = encoder_info(f)
+    assert info['create_encoder'] is None and 'cannot be written as text' in info['why_not'] and info['architecture']=='vit_tiny_patch16_224'
+    with pytest.raises(ValueError, match='does not know how to build.*cannot be written.*pass it as `encoder`'): load_encoder(f)
+    assert torch.equal(load_encoder(f, tiny(act_layer=what)).patch_embed.proj.weight, enc.patch_embed.proj.weight)
+
+@pytest.mark.parametrize('nm', ['os.system', 'torch.nn.functional.relu', 'torch.nn.Module.__init__', 'timm.layers.create_act.create_act_layer', 'torch.nn.init', 'builtins.eval'])
+def test_a_header_names_layers_only(tmp_path, nm):
+    "of three libraries: nothing else is looked up, or called"
+    from safetensors.torch import save_file
+    enc  = tiny()
+    made = {**json.loads(creation_text(enc)[0]), 'act_layer':{'layer':nm, 'arguments':{}}}
+    save_file(enc.state_dict(), tmp_path/'x', dict(create_encoder=json.dumps(made), order=json.dumps(list(enc.state_dict()))))
+    with pytest.raises(ValueError, match='there is no layer'): load_encoder(tmp_path/'x')
+
+def test_arch_that_somebody_has_set(tmp_path):
+    "`to_layout` asks for `made_with = dict(arch=…)`, which is not enough to build it"
+    enc = timm.create_model('resnet18', num_classes=0); enc.made_with = dict(arch='resnet18')
+    f = learner(enc).export_encoder(tmp_path/'e.safetensors')
+    assert encoder_info(f)['architecture']=='resnet18' and encoder_info(f)['create_encoder'] is None
+    with pytest.raises(ValueError, match='build it, and pass it'): load_encoder(f)
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+@pytest.mark.parametrize('where', ['weight','buffer'])
+def test_diverged(tmp_path, bad, where):
+    "Is not written, and what was there stays"
+    enc = nn.Sequential(nn.Conv2d(3,4,3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    f   = learner(enc).export_encoder(tmp_path/'e.safetensors')
+    before = f.read_bytes()
+    with torch.no_grad(): (enc[0].weight if where=='weight' else enc[1].running_mean)[0] = bad
+    if where=='buffer' and bad==float('inf'): return check_finite(enc, 'x') # masks may be infinite
+    with pytest.raises(FloatingPointError, match='the encoder has diverged: '+('0.weight' if where=='weight' else '1.running_mean')): learner(enc).export_encoder(f)
+    assert f.read_bytes()==before and [o.name for o in tmp_path.iterdir()]==['e.safetensors']
+
+@pytest.mark.skipif(os.name!='posix', reason='modes of files')
+@pytest.mark.parametrize('mask', [0o022, 0o002, 0o077])
+def test_mode_and_place(tmp_path, mask):
+    "The mode is that of any new file; a folder is made; a write that fails leaves the old file"
+    old = os.umask(mask)
+    try:
+        f = learner(nn.Sequential(nn.Conv2d(3,4,3), nn.AdaptiveAvgPool2d(1), nn.Flatten())).export_encoder(tmp_path/'a'/'b'/'e.safetensors')
+        (tmp_path/'other').touch()
+    finally: os.umask(old)
+    assert stat.S_IMODE(f.stat().st_mode)==stat.S_IMODE((tmp_path/'other').stat().st_mode)==0o666&~mask
+
+def test_written_at_once(tmp_path, monkeypatch):
+    learn = learner(nn.Sequential(nn.Conv2d(3,4,3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    f = learn.export_encoder(tmp_path/'e.safetensors'); before = f.read_bytes()
+    monkeypatch.setattr(os, 'replace', lambda *a: (_ for _ in ()).throw(OSError('full')))
+    with pytest.raises(OSError): learn.export_encoder(f)
+    assert f.read_bytes()==before
+
+def test_known_by_what_it_holds(tmp_path):
+    "Whatever its name is; and what is something else, or cut short, is told"
+    enc = create_encoder('test_mambaout', pretrained=False, pool_type='avg')
+    f   = learner(enc).export_encoder(tmp_path/'encoder.pth')
+    assert is_safetensors(f) and all(torch.equal(a, b) for a,b in zip(enc.state_dict().values(), load_encoder(f).state_dict().values()))
+    torch.save(enc.state_dict(), tmp_path/'x.safetensors'); (tmp_path/'empty').touch(); (tmp_path/'text').write_text('no weights')
+    for nm in ('x.safetensors','empty','text'):
+        assert not is_safetensors(tmp_path/nm)
+        with pytest.raises(ValueError, match=f'{nm} is not a file of export_encoder'): load_encoder(tmp_path/nm)
+    (tmp_path/'cut').write_bytes(f.read_bytes()[:-10])
+    with pytest.raises(ValueError, match='cut is damaged.*copy it or export it again'): load_encoder(tmp_path/'cut')
+
+def test_layout(tmp_path):
+    "The header names the layout, and the command that makes the other; timm takes a file of that, and of ours not a tensor"
+    ours = create_encoder('resnet18', pretrained=False, pool_type='avg')
+    f    = learner(ours).export_encoder(tmp_path/'encoder.safetensors')
+    assert encoder_info(f)['layout']=='ours' and encoder_info(f)['convert'].startswith('ssl_export encoder.safetensors --layout timm --out encoder.pth')
+    assert not set(load_file(f)) & set(timm.create_model('resnet18').state_dict())
+    torch.save(to_layout(ours, 'timm'), tmp_path/'encoder.pth')
+    other = timm.create_model('resnet18', pretrained=True, num_classes=0, pretrained_cfg_overlay=dict(file=str(tmp_path/'encoder.pth')))
+    x = torch.rand(2,3,64,64)
+    assert torch.allclose(other.eval()(x), ours.eval()(x), atol=1e-5)
+    theirs = create_timm_encoder('resnet18', pretrained=False, pool_type='avg')
+    f      = learner(theirs).export_encoder(tmp_path/'t.safetensors')
+    assert encoder_info(f)['layout']=='timm'
+    other  = timm.create_model('resnet18', pretrained=True, num_classes=0, pretrained_cfg_overlay=dict(file=str(f)))
+    assert torch.equal(other.conv1.weight, theirs.conv1.weight)
+    own = nn.Sequential(nn.Conv2d(3,4,3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert encoder_info(learner(own).export_encoder(tmp_path/'o'))['convert']=='' # nobody has names for it
