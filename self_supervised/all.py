@@ -10,6 +10,8 @@ from self_supervised.dist import *
 from self_supervised.methods import *
 from self_supervised.basics import *
 from self_supervised.ranges import *
+from self_supervised.batches import *
+from self_supervised.fit_checks import *
 from self_supervised.pipelines import *
 from self_supervised.core import *
 from self_supervised.watcher import *
@@ -26,6 +28,7 @@ from self_supervised.kmeans import *
 from self_supervised.evaluation import *
 from self_supervised.optimizer import *
 from self_supervised.diagnostics import *
+from self_supervised.loggers import *
 from self_supervised.checkpoint import *
 from self_supervised.pretrained import *
 from self_supervised.recipes import *

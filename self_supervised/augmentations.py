@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['get_batch_augs', 'get_torchvision_batch_augs', 'get_kornia_batch_augs', 'get_fastai_batch_augs',
-           'get_multi_aug_pipelines', 'unit_float', 'crop_resize', 'color_jitter', 'gaussian_blur', 'rotate',
-           'rand_boxes', 'BatchTransform', 'RandomCropResize', 'RandomFlip', 'RandomRotate', 'RandomJitter',
+           'get_multi_aug_pipelines', 'crop_kinds', 'unit_float', 'crop_resize', 'color_jitter', 'gaussian_blur',
+           'rotate', 'rand_boxes', 'BatchTransform', 'RandomCropResize', 'RandomFlip', 'RandomRotate', 'RandomJitter',
            'RandomGray', 'RandomGaussianBlur', 'NormalizeView', 'ViewPipeline', 'ApplyTo', 'assert_aug_pipelines',
            'show_views']
 
@@ -14,6 +14,7 @@ import inspect
 from functools import wraps
 
 from fastcore.basics import AttrDict
+from fastcore.foundation import L
 from fastcore.meta import delegates
 from fasttransform import Pipeline
 from fastai.vision.core import imagenet_stats
@@ -127,5 +128,21 @@ def get_multi_aug_pipelines(
     **kwargs # as in `get_batch_augs`
 ) -> list: # n view pipelines
     "`n` pipelines of the same kind; they share their steps, by which `make_views` knows them"
+    if n<0: raise ValueError(f'n={n} views: give 0 or more')
     first = get_batch_augs(size, **kwargs)
     return [ViewPipeline(first.fs, split_idx=0) for _ in range(n)]
+
+def crop_kinds(
+    *names:str, # arguments that hold a value for each kind of crop, first the one that says how many kinds there are
+): # decorator of a builder
+    "Cut the defaults of these arguments to as many kinds of crops as are asked for"
+    def _of(f):
+        ps = inspect.signature(f).parameters
+        @wraps(f)
+        def _f(*args, **kwargs):
+            given = {**dict(zip(ps, args)), **kwargs}
+            n = len(L(given.get(names[0], ps[names[0]].default)))
+            return f(*args, **{k:ps[k].default[:n] for k in names if k not in given}, **kwargs)
+        _f.crop_kinds = names
+        return _f
+    return _of

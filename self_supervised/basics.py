@@ -8,6 +8,7 @@ __all__ = ['warn_once', 'check_size', 'loader_facts', 'is_empty', 'not_finite', 
 # %% ../nbs/01_basics.ipynb #774a3137
 import sys, warnings
 from functools import lru_cache
+from numbers import Real
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ def check_size(
 ) -> tuple: # (h,w)
     "`size` as (height, width)"
     hw = tuple(size) if isinstance(size, (tuple,list)) else (size,size)
-    if len(hw)!=2 or not all(isinstance(o, (int,float)) and not isinstance(o, bool) and o>=1 and o==int(o) for o in hw):
+    if len(hw)!=2 or not all(isinstance(o, Real) and not isinstance(o, bool) and o>=1 and float(o).is_integer() for o in hw):
         raise ValueError(f'size={size} must be positive whole numbers: pixels of the side, or (height, width)')
     return tuple(int(o) for o in hw)
 

@@ -40,6 +40,7 @@ class Checkpoint(Callback):
     order,is_setting = 100,False # after everybody
     stopped = None # name of the signal that ended the fit
     allow = staticmethod(allow_in_python) # how a refusal says what may be done about it
+    go_on = staticmethod(lambda path: f'The same script goes on from {path or "the start"} with learn.resume()') # how a fit that was stopped does
     def __init__(self,
         folder:str|Path='checkpoints', # where the files go; one folder for one run, the same for all processes
         minutes:float|None=10, # save so many minutes after the last time
@@ -134,7 +135,7 @@ def after_batch(self:Checkpoint):
     if stop:
         self.stopped = self.stopped or 'a signal to another process'
         self.learn._do_fit = partial(_no_fit, self.learn, self)
-        if not rank(): print(f'Stopped by {self.stopped}. The same script goes on from {self.files[-1] if self.files else "the start"} with learn.resume()')
+        if not rank(): print(f'Stopped by {self.stopped}. {self.go_on(self.last_saved)}')
         raise CancelFitException
 
 @patch

@@ -6,25 +6,24 @@
 __all__ = ['ssl_pretrain']
 
 # %% ../nbs/72_cli_pretrain.ipynb #b41b641c
-import csv, json, os, shlex, signal, sys, time
-from contextlib import contextmanager
+import json, os, shlex, signal, sys, time
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-from .cli_command import command, image_folder, known, labelled_folders, nearest
-from .cli_judge import cut_sizes, labelled_dls
+from .cli_command import at_least, check_writable, command, image_sources, known, labelled_folders, nearest, whole_file
+from .cli_judge import cut_sizes, find_encoder, first_encoder, labelled_dls, settings_of
+from .cli_log import check_wandb, history_file, log_lines, loggers, save_curves, save_views, start_line
 
 # %% ../nbs/72_cli_pretrain.ipynb #299ca0ff
 def _again(argv): return shlex.join([Path(argv[0]).name, *argv[1:]])
 
 def _write(path, text):
     "Put `text` into `path`, at once"
-    part = path.with_name(f'{path.name}.part')
-    part.write_text(text, encoding='utf-8', errors='surrogateescape')
-    part.replace(path)
+    with whole_file(path) as part: part.write_text(text, encoding='utf-8', errors='surrogateescape')
 
 def _saved(out): return any(out.glob('checkpoints/*.ckpt'))
 
@@ -55,74 +54,42 @@ def _check_same(out, now, override=()):
         f'or with these, if you know that they fit: --override {" ".join([*override, *bad])}')
 
 # %% ../nbs/72_cli_pretrain.ipynb #84b9b032
-def _list(source, out, override, main):
-    "The images of the run in `out`, or all that there are if it begins now; and their names below `source`"
+def _find(sources, out):
+    "Name → path of the images in `sources`, but those of the run in `out` and of other runs: the name below the folder if that is all, else the path"
     from self_supervised.data import list_images
-    inside = out.resolve().is_relative_to(source.resolve()) and source/out.resolve().relative_to(source.resolve())
-    fns    = [o for o in list_images(source) if not inside or not o.is_relative_to(inside)]
-    if not fns: raise ValueError(f'no image in {source} but those of the run itself, in {out}')
-    have   = {str(o).removeprefix(f'{source}{os.sep}'):o for o in fns}
-    listed = out/'images.txt'
-    if not _saved(out) or 'data' in override or not listed.exists(): return fns,list(have)
+    own = [o/out.resolve().relative_to(o.resolve()) for o in sources if out.resolve().is_relative_to(o.resolve())]
+    fns = [f for o in sources for f in (list_images(o) if o.is_dir() else [o]) if not any(f.is_relative_to(d) for d in own)]
+    own = {d for d in {o.parent for o in fns} if _said(d)} # pictures of other runs
+    fns = [o for o in fns if o.parent not in own]
+    if not fns: raise ValueError(f'no image in {", ".join(map(str, sources))} but those of runs of this command, such as {out}')
+    top = f'{sources[0]}{os.sep}' if len(sources)==1 else ''
+    return {str(o).removeprefix(top):o for o in fns}
+
+def _list(sources, out, override, main, skip=None):
+    "The images of the run in `out`, or all that there are if it begins now, but those that `skip` drops; their names; and the names of what was dropped"
+    have,where = _find(sources, out),', '.join(map(str, sources[:3]))
+    listed,dropped = out/'images.txt',_said(out).get('data', {}).get('skipped')
+    if not _saved(out) or 'data' in override or not listed.exists():
+        good = set(skip(list(have.values()))) if skip else set(have.values())
+        return [o for o in have.values() if o in good],[k for k,o in have.items() if o in good],[k for k,o in have.items() if o not in good] if skip else None
+    if skip and dropped is None: raise ValueError(f'--skip-bad: the run in {out} has begun with all images. To go on without those that are damaged, add --override {" ".join(dict.fromkeys([*override, "data"]))}')
     names  = listed.read_text(encoding='utf-8', errors='surrogateescape').removesuffix('\n').split('\n')
     if gone := [o for o in names if o not in have]: raise ValueError(
-        f'{len(gone)} of the {len(names)} images of the run in {out} are not in {source}: {", ".join(gone[:3])}{" …" if gone[3:] else ""}. Bring them back, give this run another --out, '
+        f'{len(gone)} of the {len(names)} images of the run in {out} are not in {where}: {", ".join(gone[:3])}{" …" if gone[3:] else ""}. Bring them back, give this run another --out, '
         'or go on with the images that are there: --override data (a run that was saved within an epoch begins that epoch anew)')
-    if main and len(have)>len(names): print(f'{len(have)-len(names)} images have come to {source} since this run began. They are left out; --override data takes them in')
-    return [have[o] for o in names],names
+    if main and (more := len(have)-len(names)-len(set(dropped or ()) & set(have)))>0: print(f'{more} images have come to {where} since this run began. They are left out; --override data takes them in')
+    return [have[o] for o in names],names,dropped
 
-# %% ../nbs/72_cli_pretrain.ipynb #0556559b
-def _history(cb):
-    "Write the whole table, so that it is right however often the run was killed"
-    names = [o for o in cb.recorder.metric_names if o!='time']
-    part  = cb.learn.path/'history.csv.part'
-    with part.open('w', newline='') as f: csv.writer(f).writerows([names, *([i,*o] for i,o in enumerate(cb.recorder.values))])
-    part.replace(part.with_suffix(''))
-
-def _save(axes, path):
-    from matplotlib.pyplot import close
-    axes[0].figure.savefig(path, dpi=110)
-    close(axes[0].figure)
-
-def _save_views(learn, n=4):
-    "Draw the views of `n` images, and leave no trace in the random generators"
-    from fastai.vision.all import Tensor, no_random, torch
-    from self_supervised.pipelines import make_views, show_views
-    from self_supervised.core import ssl_callback
-    augs,ds = ssl_callback(learn).aug_pipelines,learn.dls.train.dataset
-    with no_random(reproducible=False):
-        x = torch.stack([ds[i][0].as_subclass(Tensor) for i in range(min(n, len(ds)))])
-        _save(show_views(augs, make_views(augs, x), n, imsize=1.2, layout='constrained'), learn.path/'views.png')
-
-def _save_curves(learn):
-    from fastai.vision.all import subplots
-    axes = subplots(1, 1, figsize=(6,3.5), layout='constrained')[1]
-    learn.recorder.plot_loss(skip_start=0, with_valid=False, ax=axes[0])
-    axes[0].set(title='Training loss, smoothed', xlabel='step', ylabel='loss')
-    _save(axes, learn.path/'loss.png')
-    if learn.collapse_monitor.history: _save(learn.collapse_monitor.plot(), learn.path/'monitor.png')
-
-# %% ../nbs/72_cli_pretrain.ipynb #415c4ad7
-def _loggers(out, tensorboard, wandb, said):
-    "The callbacks that were asked for, on the first process"
-    from self_supervised.watcher import Watcher
-    def watcher(cls, **events): return type(cls.__name__, (cls,Watcher), events) # `Checkpoint` lets watchers come and go
-    res = []
-    if tensorboard:
-        from fastai.callback.tensorboard import TensorBoardCallback
-        def after_epoch(self): # fastai's own fails on the missing loss of a validation that does not take place
-            for k,v in zip(self.recorder.metric_names[1:-1], self.recorder.log[1:-1]):
-                if v is not None: self.writer.add_scalar(f'epoch/{k}', v, self.train_iter)
-        res.append(watcher(TensorBoardCallback, after_epoch=after_epoch)(out/'tensorboard', trace_model=False, log_preds=False))
-    if wandb:
-        import wandb as wb
-        from fastai.callback.wandb import WandbCallback
-        def before_fit(self):
-            self.learn.gather_args = dict # fastai's own fails on lists of numbers, and the settings are there already
-            WandbCallback.before_fit(self)
-        wb.init(project=wandb, dir=out, name=out.name, id=said['id'], resume='allow', config=said)
-        res.append(watcher(WandbCallback, before_fit=before_fit)(log_preds=False))
-    return res
+# %% ../nbs/72_cli_pretrain.ipynb #0cf8a448
+def _extended(out, extend, settings):
+    "How many epochs the run in `out` has with `extend` more, and whether they are new"
+    said = _said(out)
+    done = (out/'encoder.safetensors').exists() and said.get('finished', True)
+    if not said: raise ValueError(f'--extend {extend}: there is no settings.json in {out}, which says what the run was')
+    n = said['settings']['epochs']
+    if not done and said.get('extended')!=extend: raise ValueError(f'--extend {extend}: the run in {out} has not come to its end, {n} epochs: give its command without --extend first')
+    if settings.get('epochs', n) not in (n, n-(said.get('extended') or 0)): raise ValueError(f'--epochs {settings["epochs"]}: the run in {out} has {n} epochs, and --extend counts from there: leave --epochs out')
+    return (n+extend if done else n),done
 
 # %% ../nbs/72_cli_pretrain.ipynb #339702bb
 @contextmanager
@@ -132,7 +99,9 @@ def _listening(cb):
     def heard(sig, frame):
         told.append(time.monotonic())
         if cb.running and not cb.stopped: cb.stopped = 'Ctrl-C'
-        elif not cb.stopped or told[-1]-told[0]>2: sys.exit(128+sig)
+        elif not cb.stopped or told[-1]-told[0]>2:
+            if sig==signal.SIGINT: raise KeyboardInterrupt
+            sys.exit(128+sig)
     old = {o:signal.signal(o, heard) for o in (signal.SIGINT, signal.SIGTERM)}
     try: yield
     finally:
@@ -142,11 +111,11 @@ def _listening(cb):
 def _suggest(recipe, fns, n_in):
     "Print what would fit these images and this machine better, and the flags for it"
     import self_supervised.suggest # noqa: F401 (gives recipes `suggest`)
-    from PIL import Image
     from fastai.vision.all import torch
+    from self_supervised.image_files import image_size
     gpus   = torch.cuda.device_count()
     memory = min((torch.cuda.get_device_properties(i).total_memory/1e9 for i in range(gpus)), default=None)
-    sizes  = sorted(min(Image.open(o).size) for o in fns[::len(fns)//50+1])
+    sizes  = sorted(min(image_size(o, n_in)) for o in fns[::len(fns)//50+1])
     new    = recipe.suggest(len(fns), sizes[len(sizes)//2], gpus=max(gpus, 1), memory=memory, n_in=n_in).settings
     flags  = []
     for k,v in new.items():
@@ -156,45 +125,64 @@ def _suggest(recipe, fns, n_in):
     print('\n'+_again([o for o in sys.argv if o!='--suggest']+flags))
 
 # %% ../nbs/72_cli_pretrain.ipynb #a47803c2
+def _check_flags(recipe, names, out, settings, resume, override, extend, tensorboard, wandb, init):
+    "What can be said of the flags before anything is imported"
+    if recipe not in names: raise ValueError(f'--recipe {recipe} is unknown: {nearest(recipe, names)}')
+    for k,v in dict(resume=resume, override=override, extend=extend).items():
+        if v and not _saved(out): raise ValueError(f'--{k}: there is no run in {out} to go on with; without --{k} one begins')
+    for k,v in dict(tensorboard=tensorboard, wandb=wandb).items():
+        if v and not find_spec(k): raise ValueError(f"--{k} needs {k}, which is not installed: pip install 'self_supervised[log]'")
+    if init and init!='imagenet' and not _saved(out): find_encoder(init)
+    w,n = settings.get('warmup_epochs'),settings.get('epochs')
+    if w and n and w>=n: raise ValueError(f'--warmup-epochs {w:g} must be fewer than --epochs {n}')
+
 @command
 def ssl_pretrain(
-    source:str, # folder of images, searched with all below it; labels are not looked at
+    source:Annotated[str, {'nargs':'+'}], # folders of images, searched with all below them; image files; or text files with the name of an image in each line. Labels are not looked at
     recipe:Annotated[str, {'opt':True, 'required':True}], # what to do
     out:Path='pretrained', # folder for the run; if it holds one, that goes on
     labelled:str=None, # folder of labelled images: their k-NN accuracy becomes a column
-    knn_every:int=1, # epochs between two such judgements
-    n_in:int=3, # channels: 3 for colour, 1 for grey, others for the bands of TIFF files
+    knn_every:at_least(1)=1, # epochs between two such judgements
+    n_in:at_least(1)=3, # channels: 3 for colour, 1 for grey, others for the bands of TIFF files
     max_value:float=None, # value of white in files of more than 8 bits; default: looked at in a sample
     background:str=None, # colour behind transparent pixels; default: white
-    load_size:int=None, # pixels of the squares that views are cut from; default: 8/7 of the largest view
+    load_size:at_least(1)=None, # pixels of the squares that views are cut from; default: 8/7 of the largest view
     checkpointing:bool=False, # compute activations twice instead of keeping them: less memory, more time
-    workers:int=None, # processes that decode images, beside each that trains; default: one a core, at most 8
-    seed:int=42, # of weights, order and views
+    workers:at_least(0)=None, # processes that decode images, beside each that trains; default: one a core, at most 8
+    seed:at_least(0)=42, # of weights, order and views
     minutes:float=10, # save the run so many minutes after the last time
-    timeout:int=600, # seconds after which processes that wait for a dead one give up
+    timeout:at_least(1)=600, # seconds after which processes that wait for a dead one give up
     resume:bool=False, # refuse to begin: there must be a run to go on with (which it does without this flag too)
     override:Annotated[str, {'nargs':'+'}]=None, # go on though these settings are others than those of the run, as the refusal names them; `data`: with the images that are there now
     tensorboard:bool=False, # write numbers for TensorBoard to out/tensorboard
     wandb:str=None, # send numbers to this project of Weights & Biases
     suggest:bool=False, # print which settings would fit these images and this machine, and why, and end
+    skip_bad:bool=False, # read every image before the run begins, and leave those out that cannot be read
+    init:str=None, # begin with the weights of an encoder: imagenet, a released name, a file, or the folder of a run; default: none, from scratch
+    extend:at_least(1)=None, # let a finished run go on for so many epochs more
     **settings # of the recipe
 ): # exit code
-    "Pretrain an encoder on a folder of images. --bs is the batch of ALL processes together (the official code's --batch_size is that of each GPU)"
-    source,out,names,override = image_folder(source),Path(out).expanduser(),list(known()['recipes']),list(override or ())
-    if recipe not in names: raise ValueError(f'--recipe {recipe} is unknown: {nearest(recipe, names)}')
+    "Pretrain an encoder on images. --bs is the batch of ALL processes together (the official code's --batch_size is that of each GPU)"
+    words = [source] if isinstance(source, (str,Path)) else list(source)
+    sources,out,override = image_sources(words),Path(out).expanduser(),list(override or ())
+    n_procs,main,init = int(os.environ.get('WORLD_SIZE', 1)),not int(os.environ.get('RANK', 0)),None if init=='none' else init
+    _check_flags(recipe, list(known()['recipes']), out, settings, resume, override, extend, tensorboard, wandb, init)
     if labelled: labelled_folders(labelled)
-    n_procs,main = int(os.environ.get('WORLD_SIZE', 1)),not int(os.environ.get('RANK', 0))
-    if main and not suggest: _check_out(out)
-    for k,v in dict(resume=resume, override=override).items():
-        if v and not _saved(out): raise ValueError(f'--{k}: there is no run in {out} to go on with; without --{k} one begins')
-    for k,v in dict(tensorboard=tensorboard, wandb=wandb).items():
-        if v and not find_spec(k): raise ValueError(f"--{k} needs {k}, which is not installed: pip install 'self_supervised[log]'")
-    run = dict(n_in=n_in, max_value=max_value, background=background, load_size=load_size, checkpointing=checkpointing, seed=seed, labelled=bool(labelled), processes=n_procs)
+    if main and not suggest:
+        _check_out(out)
+        check_writable(out, '--out')
+        if wandb: check_wandb()
+    new = False # are there more epochs than before?
+    if extend:
+        n,new = _extended(out, extend, settings)
+        settings = settings_of(_said(out)) | settings | dict(epochs=n)
+        override += [o for o in ('epochs','n_epoch','param_scheduler.lr') if o not in override]
+    run = dict(n_in=n_in, max_value=max_value, background=background, load_size=load_size, checkpointing=checkpointing, seed=seed, labelled=bool(labelled), processes=n_procs, init=init)
     _check_same(out, dict(recipe=recipe, **run, **settings), override)
 
     from accelerate import InitProcessGroupKwargs
     from fastai.distributed import teardown_distrib
-    from fastai.vision.all import set_seed, torch
+    from fastai.vision.all import defaults, set_seed, torch
     from fastprogress import fastprogress
     from self_supervised.checkpoint import Checkpoint
     from self_supervised.core import ssl_callback
@@ -202,7 +190,7 @@ def ssl_pretrain(
     from self_supervised.data import image_dls
     from self_supervised.export import git_commit
     from self_supervised.grad_checkpoint import checkpoint_encoder
-    from self_supervised.image_files import common_depth
+    from self_supervised.image_files import common_depth, good_images
     from self_supervised.monitor import CollapseMonitor
     from self_supervised.online import OnlineKNN
     from self_supervised.recipes import get_recipe
@@ -210,50 +198,60 @@ def ssl_pretrain(
     r = get_recipe(recipe, **settings)
     mine = dict(recipe=recipe, **run, **r.settings)
     _check_same(out, mine, override)
-    fns,listed = _list(source, out, override, main)
+    crop = max(r.view_sizes)
+    if load_size and load_size<max(crop): raise ValueError(f'--load-size {load_size} is less than the views that are cut from it, {crop[0]}×{crop[1]}: {max(crop)*8//7} is usual, or make smaller views')
+    skip = (lambda fns: good_images(fns, max(workers or 0, min(8, defaults.cpus)), size=crop, n_in=n_in, background=background or 'white')) if skip_bad else None
+    fns,listed,skipped = _list(sources, out, override, main, skip)
     if suggest: return _suggest(r, fns, n_in)
     if r.bs%n_procs: raise ValueError(f'--bs {r.bs} is the batch of all {n_procs} processes together: give a multiple of {n_procs}')
-    fastprogress.NO_BAR = not sys.stdout.isatty() # in a file the table is enough
+    fastprogress.NO_BAR = not sys.stdout.isatty()
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     set_seed(seed)
-    crop  = max(r.view_sizes)
     light = dict(max_value=common_depth(fns, n_in, max_value).get('max_value'), background=background or 'white')
     dls   = image_dls(fns, size=load_size or tuple(o*8//7 for o in crop), bs=r.bs//n_procs, n_in=n_in, num_workers=workers, seed=seed, **light)
-    encoder = r.create_encoder(n_in)
+    encoder = r.create_encoder(n_in) if init is None or _saved(out) else first_encoder(r, init, n_in)
     if checkpointing: encoder = checkpoint_encoder(encoder)
     checkpoint,notes = Checkpoint(out/'checkpoints', minutes=minutes),[]
     checkpoint.allow = lambda names: f'--override {" ".join([*override, *names])} (or give this run another --out)'
+    checkpoint.go_on = lambda path: f'To go on, give the same command again: {_again(sys.argv)}'
     def note(cb=None):
         while notes: _write(*notes.pop())
-    table = Watcher(after_epoch=_history, before_train=note)
+    table = Watcher(after_epoch=history_file, before_train=note)
     table.order = 90 # after the recorder, before the checkpoint
     cbs = [CollapseMonitor(), checkpoint]
     if labelled: cbs.append(OnlineKNN(labelled_dls(labelled, *cut_sizes(crop), n_in, workers=workers, **light), every=knn_every))
     if main:
         out.mkdir(parents=True, exist_ok=True)
-        data = dict(source=str(source), images=len(fns), labelled=labelled, **light)
+        data = dict(source=[*map(str, words)] if words[1:] else str(words[0]), images=len(fns), labelled=labelled, **light)
+        if skipped is not None: data['skipped'] = skipped
         said = dict(recipe=recipe, method=r.method, run=run, settings=r.settings, data=data, id=os.urandom(4).hex(),
                     command=_again(sys.argv), versions={o:version(o) for o in ('self_supervised','torch','torchvision','fastai','timm')}, commit=git_commit())
         if checkpoint.files: said = _said(out)|dict(data=data)
+        if new: said |= dict(settings=r.settings, extended=extend, finished=False)
         notes += [(out/'settings.json', json.dumps(said, indent=1, default=str)), (out/'images.txt', '\n'.join(listed)+'\n')]
         if not checkpoint.files: note() # else when the fit goes on, and nobody has refused
-        cbs += [table, *_loggers(out, tensorboard, wandb, said)]
+        cbs += [table, *loggers(out, tensorboard, wandb, said)]
     learn = r.learner(dls, encoder, cbs=cbs, path=out)
-    new,in_file = not checkpoint.files,checkpoint.newest()[1]['settings'] if override else ()
+    if main and not sys.stdout.isatty(): learn.add_cb(log_lines(learn, r.bs))
+    begins,in_file = not checkpoint.files,checkpoint.newest()[1]['settings'] if override else ()
     names = [o for o in override if o not in mine or o in in_file]
-    if 'data' in override: # what the recipe gives in epochs are other numbers of steps then
+    if extend or 'data' in override: # what the recipe gives in epochs are other numbers of steps, or other parts of the training
         cb = ssl_callback(learn)
         names += [o for o in (f'{cb.name}.{arg}' for arg,_,_ in cb.epoch_settings.values()) if o in in_file]
     learn.resume(names, missing_ok=True)
-    if main and new: _save_views(learn)
+    if main and begins: save_views(learn)
     with _listening(checkpoint):
         try:
+            if main: print(start_line(learn, r.epochs), flush=True)
             with learn.distrib_ctx(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))]): r.fit(learn)
+            if main and not checkpoint.stopped:
+                print(f'The encoder is in {learn.export_encoder(out/"encoder.safetensors")}, for ssl_knn, ssl_linear, ssl_semisup, ssl_export and load_encoder')
+                if said.get('extended'): _write(out/'settings.json', json.dumps(said|dict(finished=True), indent=1, default=str))
         except FloatingPointError as e: raise FloatingPointError(f'{e}. Here: --lr with a smaller value, --warmup-epochs with a larger one, --precision fp32' +
             (', and, to go on from that checkpoint, --override lr param_scheduler.lr' if checkpoint.files else '')) from e
-        if main and checkpoint.stopped: print(f'To go on, give the same command again: {_again(sys.argv)}')
-    if main and not checkpoint.stopped:
-        print(f'The encoder is in {learn.export_encoder(out/"encoder.safetensors")}, for ssl_knn, ssl_linear, ssl_semisup, ssl_export and load_encoder')
-        _save_curves(learn)
+        finally:
+            for o in out.rglob('*.part') if main else (): # of a disk that was full
+                with suppress(OSError): o.unlink()
+    if main and not checkpoint.stopped: save_curves(learn)
     teardown_distrib()
     return 130 if checkpoint.stopped=='Ctrl-C' and n_procs==1 else 0

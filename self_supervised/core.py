@@ -16,16 +16,17 @@ from fastcore.foundation import L
 from fastcore.xtras import is_listy
 from fastai.callback.core import Callback, CancelFitException, GatherPredsCallback
 from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
-from fastai.callback.training import GradientAccumulation, bn_types
+from fastai.callback.training import BnFreeze, GradientAccumulation, bn_types
 from fastai.distributed import DistributedDL
 from fastai.learner import AvgMetric, Learner
 from fastai.metrics import AccumMetric
 from fastai.torch_core import apply, num_distrib, rank_distrib, set_seed
 
 from .basics import is_empty, loader_facts, not_finite, rng_states, set_rng_states, warn_once
+from .batches import images_labels, inputs_labels, unnormalized
 from .dist import unwrapped
+from .fit_checks import check_callbacks, check_loaders
 from .methods import method_of
 from .pipelines import assert_aug_pipelines, make_views, show_views
 from .ranges import check_range, raw_batches, set_raw, usable_images
@@ -118,6 +119,21 @@ def encoder_of(
     return cb.judged(m) if cb else m
 
 # %% ../nbs/04_core.ipynb #ce58f273
+def _split(learn, b):
+    "What `Learner._split` does, for batches of any form. Left behind by an exception it goes once its method is gone"
+    if not (cb := ssl_callback(learn)):
+        del learn._split
+        return learn._split(b)
+    (x,*others),learn.yb = inputs_labels(b, getattr(learn.dls, 'n_inp', cb.n_inputs if cb.n_inputs>1 else None))
+    learn.xb = (unnormalized(x, learn.dl), *others) # here, while an image is known as one
+
+@patch
+def _read(self:SSLCallback, on):
+    "Read the batches of an epoch: bytes, if the loader has them, and of any form"
+    set_raw(self.dl, on)
+    if on: self.learn._split = partial(_split, self.learn)
+    else: vars(self.learn).pop('_split', None)
+
 @patch
 def before_batch(self:SSLCallback):
     "Put the views of the images in their place"
@@ -227,6 +243,9 @@ def before_fit(self:SSLCallback):
     "Refuse what cannot train; remember the random generators if this is `lr_find`; other processes, other views"
     self._give_back()
     warn_once.cache_clear()
+    if len(both := self.learn.cbs.filter(lambda o: isinstance(o, SSLCallback)))>1: raise ValueError(
+        f'{both[0].name} and {both[1].name} are two methods on one Learner, and one would make views of the views of the other: keep one. learn.remove_cb({type(both[1]).__name__}) takes {type(both[1]).__name__} away')
+    check_loaders(self.dls)
     m,of = self.ssl_model,method_of(self)
     if of and not isinstance(m, of.model): raise ValueError(
         f'the model is a {type(m).__name__}, and {type(self).__name__} trains a {of.model.__name__}: make it with {of.create_model.__name__}(encoder)')
@@ -237,8 +256,10 @@ def before_fit(self:SSLCallback):
     if n and bs and n//ranks < bs and drop_last: raise ValueError(
         f'{n} training images on {ranks} process(es) make no batch of bs={bs}, and nothing would be trained: use bs={max(n//ranks, 1)} or less, or drop_last=False')
     if is_empty(dl): raise ValueError('dls.train gives no batch, so nothing would be trained: give it images')
-    if mixing := first(o for o in self.learn.cbs if isinstance(o, MixHandler)): raise ValueError(
-        f'{type(mixing).__name__} mixes the images of a batch, and {type(self).__name__} would learn that a mixture is an image of its own: leave it out while pretraining')
+    check_callbacks(self.learn)
+    frozen = any(isinstance(o, bn_types) and o.affine and not o.weight.requires_grad for o in getattr(m, 'encoder', nn.Module()).modules()) # of a teacher that is as it should be
+    if frozen and not any(isinstance(o, BnFreeze) for o in self.learn.cbs): warn_once(
+        'batch norms of the encoder are frozen, and their running statistics go on moving all the same: add cbs=BnFreeze (of fastai) to hold them')
     if bad := [f'{k}={v}' for h in getattr(self.opt, 'hypers', ()) for k,v in h.items() if isinstance(v, float) and not isfinite(v)]: raise ValueError(
         f'{", ".join(bad)}: every step would make the weights NaN: give numbers')
     if ranks>1 and not torch.distributed.is_initialized(): raise ValueError(
@@ -251,6 +272,7 @@ def after_fit(self:SSLCallback):
     "Put back what `lr_find` has used of the random generators, and let go of the last batch"
     if self._rng: set_rng_states(self.dls, self._rng)
     self._rng = self.last_codes = self.views = self.target = None
+    vars(self.learn).pop('_split', None) # of an epoch that was cancelled
 
 @patch
 def after_cancel_batch(self:SSLCallback):
@@ -273,26 +295,26 @@ def _diverged(self:SSLCallback, what):
 
 @patch
 def before_train(self:SSLCallback):
-    "Views are cut from bytes, if the loader has them"
-    set_raw(self.dl)
+    "Views are cut from bytes, if the loader has them, and batches may have any form"
+    self._read(True)
 
 @patch
 def after_train(self:SSLCallback):
     "The next epoch of this loader is for everybody; and has this one gone well?"
-    set_raw(self.dl, False)
+    self._read(False)
     self._check_finite()
     if bad := not_finite(self.ssl_model): self._diverged(f'{bad[0]}{f" and {len(bad)-1} more" if bad[1:] else ""} of the model hold NaN or infinite values')
 
 @patch
 def before_validate(self:SSLCallback):
-    "Bytes here too; but no predictions, of which there would be one for each view"
+    "As in training; but no predictions, of which there would be one for each view"
     if any(isinstance(o, GatherPredsCallback) for o in self.learn.cbs): raise ValueError(
         f'get_preds, and predict, show_results, tta and Interpretation, which call it: with {type(self).__name__} attached there are {len(self.aug_pipelines)} predictions an image, one a view, '
         f'and fastai would give them to other images. For features, one row an image and in order: extract_features(learn, dl); for a classifier: learn.remove_cb({type(self).__name__}), and a head on the encoder')
-    set_raw(self.dl)
+    self._read(True)
 
 @patch
-def after_validate(self:SSLCallback): set_raw(self.dl, False)
+def after_validate(self:SSLCallback): self._read(False)
 
 # %% ../nbs/04_core.ipynb #001086cb
 @patch
@@ -302,8 +324,8 @@ def show(self:SSLCallback,
 ) -> L: # axes, one a picture, image by image
     "Draw all views of `n` images of the current batch (of a new one, if there is none)"
     if not (views := self.views):
-        with raw_batches(self.dls.train): x = self.dls.one_batch()[0]
-        views = make_views(self.aug_pipelines, check_range(x).as_subclass(Tensor))
+        with raw_batches(self.dls.train) as dl: b = dl.one_batch() if hasattr(dl, 'one_batch') else first(dl)
+        views = make_views(self.aug_pipelines, check_range(unnormalized(images_labels(b)[0], dl)).as_subclass(Tensor))
     return show_views(self.aug_pipelines, views, n, **kwargs)
 
 # %% ../nbs/04_core.ipynb #2a1df4dd

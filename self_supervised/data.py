@@ -10,6 +10,7 @@ __all__ = ['fashion_mnist_classes', 'fashion_mnist', 'no_loss', 'ImageTensors', 
 import difflib, gzip, inspect, math, os, random, warnings, zlib
 from functools import partial
 from importlib.resources import files
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from fasttransform import Pipeline
 from torch import Tensor
 
 from .basics import check_size, warn_once
-from .image_files import check_color, common_depth, good_images, list_images, open_image
+from .image_files import check_color, check_files, common_depth, good_images, list_images, open_image
 from .ranges import ImageDL, usable_images
 
 warnings.filterwarnings('ignore', 'Your generator is empty', module='fastprogress') # an empty validation loader is legal here
@@ -141,10 +142,11 @@ def _check_keywords(
 def _steps(*os): return [f for o in os for f in Pipeline(o).fs]
 
 def _check_bs(bs, n, drop_last):
-    "A fit without a batch would end at once and train nothing"
-    if not isinstance(bs, int) or bs<1: raise ValueError(f'bs={bs!r} must be a whole number of at least 1')
+    "`bs`, if there is a batch: a fit without one would end at once and train nothing"
+    if not isinstance(bs, Integral) or bs<1: raise ValueError(f'bs={bs!r} must be a whole number of at least 1')
     if n==0: raise ValueError('there are no training images')
     if drop_last and bs>n: raise ValueError(f'bs={bs} is more than the {n} training images, so there is no full batch: pass a bs of at most {n}, or drop_last=False')
+    return int(bs)
 
 def tensor_dls(
     train:Tensor|tuple, # images (N,C,H,W), uint8 or float in [0,1]; or (images, labels)
@@ -164,7 +166,7 @@ def tensor_dls(
                     labels='they go with the images, as (images, labels)', valid_pct='give the images for validation as valid')
     bs,val_bs = kwargs.pop('batch_size', bs),kwargs.pop('val_bs', None)
     x,y = _images_labels('train', train)
-    _check_bs(bs, min(len(x), kwargs.get('n') or len(x)), drop_last)
+    bs = _check_bs(bs, min(len(x), kwargs.get('n') or len(x)), drop_last)
     xv,yv = (x[:0], None if y is None else y[:0]) if valid is None else _images_labels('valid', valid)
     if (y is None)!=(yv is None): raise ValueError('train and valid must both have labels or both have none: pass (images, labels) or images for both')
     if x.shape[1]!=xv.shape[1]: raise ValueError(f'train has {x.shape[1]} channels, valid has {xv.shape[1]}')
@@ -267,10 +269,11 @@ def image_dls(
     if skip_bad:
         good = partial(good_images, n_workers=max(num_workers, min(8, defaults.cpus)), **how)
         fns,val_fns = good(fns),val_fns and good(val_fns)
+    else: check_files([*fns,*val_fns])
     n,fns = len(fns),[*fns,*val_fns]
     how.update(dict(dtype=torch.uint8) if item_tfms is not None else common_depth(fns, n_in, max_value, len(fns) if skip_bad else 64))
     parts = _split(fns, n, valid_pct, seed or 0, splitter, groups)
-    _check_bs(bs, min(len(parts[0]), kwargs.get('n') or n), drop_last)
+    bs = _check_bs(bs, min(len(parts[0]), kwargs.get('n') or n), drop_last)
     tfms = [[partial(open_image, **how), *([] if item_tfms is None else [_to_pil])]]
     if label_func is not None: tfms.append([label_func, Categorize(vocab=_vocab([label_func(o) for o in fns], parts, valid_pct>0))])
     if item_tfms is not None: kwargs['after_item'] = _steps(item_tfms, ToTensor, kwargs.get('after_item'))

@@ -8,7 +8,9 @@ __all__ = ['PoolingType', 'create_fastai_encoder', 'create_timm_encoder', 'resne
 
 # %% ../nbs/20_encoders.ipynb #e92f6585
 import difflib, re
+from contextlib import contextmanager
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 
 import timm, torch
@@ -19,6 +21,9 @@ from fastai.layers import AdaptiveConcatPool2d, Flatten
 from fastai.vision.core import imagenet_stats
 from fastai.vision.learner import create_body, model_meta
 from fastai.vision.models import xresnet
+from torchvision.models import get_model_weights
+
+from .basics import check_size
 
 # %% ../nbs/20_encoders.ipynb #eb37588f
 class PoolingType:
@@ -59,7 +64,17 @@ def _unknown_arch(arch, lib, names):
     return ValueError(f"arch={arch!r} is not a name {lib} knows" + (f"; did you mean {', '.join(near)}?" if near else ''))
 
 def _check_n_in(n_in):
-    if not isinstance(n_in, int) or n_in<1: raise ValueError(f'n_in={n_in!r}: the number of channels of the images must be an int of 1 or more')
+    if not isinstance(n_in, Integral) or n_in<1: raise ValueError(f'n_in={n_in!r}: the number of channels of the images must be an int of 1 or more')
+    return int(n_in)
+
+@contextmanager
+def _fetching(arch, url, remedy):
+    "Weights of `arch` from `url`, or what to do where there is no network; `url` None: there is nothing to fetch"
+    try: yield
+    except OSError as e:
+        if url is None: raise
+        raise OSError(f'the ImageNet weights of {arch} (pretrained=True, the default) are not on this machine, and {url} could not be fetched '
+                      f'({getattr(e, "reason", None) or e.__cause__ or e}): fetch the file where there is a network and {remedy}; or pass pretrained=False for random weights') from e
 
 def create_fastai_encoder(
     arch, # fastai or torchvision model function such as `xresnet18`, or its name
@@ -70,14 +85,16 @@ def create_fastai_encoder(
     **kwargs # passed to the model function
 ) -> nn.Sequential: # (B,n_in,H,W) images to (B,F) features
     "Body of a fastai or torchvision model, with pooling and flattening"
-    _check_n_in(n_in)
+    n_in = _check_n_in(n_in)
     if isinstance(arch, str):
         if arch not in _fastai_archs: raise _unknown_arch(arch, 'fastai', _fastai_archs)
         arch = _fastai_archs[arch]
     if pretrained and arch in _xresnets.values() and arch is not xresnet.xresnet50:
         raise ValueError(f'pretrained=True: fastai has no weights for {arch.__name__}; pass pretrained=False, or take xresnet50 or a timm model')
     tv    = arch.__module__.startswith('torchvision')
-    model = arch(**(dict(weights='DEFAULT' if pretrained else None) if tv else dict(pretrained=pretrained)), **kwargs)
+    url   = None if not pretrained else get_model_weights(arch).DEFAULT.url if tv else 'https://s3.amazonaws.com/fast-ai-modelzoo/xrn50_940.pth' if arch is xresnet.xresnet50 else None
+    with _fetching(arch.__name__, url, f'put it into {torch.hub.get_dir()}/checkpoints'):
+        model = arch(**(dict(weights='DEFAULT' if pretrained else None) if tv else dict(pretrained=pretrained)), **kwargs)
     body  = create_body(model, n_in, pretrained, model_meta.get(arch, {}).get('cut'))
     if low_resolution: _low_resolution(body)
     encoder = nn.Sequential(*body, _pool_layer(pool_type), Flatten())
@@ -111,15 +128,19 @@ def create_timm_encoder(
     **kwargs # passed to `timm.create_model`: `drop_path_rate`, `patch_size`, `dynamic_img_pad`…; names, numbers and layers of PyTorch, timm and fastai can be written to a file with the encoder, other classes and functions cannot
 ) -> nn.Module: # (B,n_in,H,W) images to (B,F) features
     "A timm model without its classifier"
-    _check_n_in(n_in)
+    n_in = _check_n_in(n_in)
     arch = _timm_name(arch)
     made = dict(library='timm', arch=arch, n_in=n_in, pool_type=pool_type, low_resolution=low_resolution, **kwargs)
     kwargs = dict(pretrained=pretrained, in_chans=n_in, num_classes=0, **kwargs)
-    try: encoder = _timm_model(arch, global_pool=pool_type or None, **kwargs)
-    except AssertionError as e:
-        encoder = _timm_model(arch, **kwargs) # fails again if the pooling was not the reason
-        if pool_type != PoolingType.CatAvgMax:
-            raise ValueError(f"pool_type={pool_type!r} does not fit {arch} ({e}); pass one that does, or None for the model's own pooling") from e
+    cfg = timm.get_pretrained_cfg(arch) if pretrained and ':' not in arch and 'pretrained_cfg_overlay' not in kwargs else None
+    if cfg and not cfg.has_weights: raise ValueError(f'pretrained=True: timm has no weights for {arch}; pass pretrained=False, or take another model')
+    url = cfg and (f'https://huggingface.co/{cfg.hf_hub_id}/resolve/main/model.safetensors' if cfg.hf_hub_id else cfg.url)
+    with _fetching(arch, url, "pass its path, pretrained_cfg_overlay=dict(file=…)"):
+        try: encoder = _timm_model(arch, global_pool=pool_type or None, **kwargs)
+        except AssertionError as e:
+            encoder = _timm_model(arch, **kwargs) # fails again if the pooling was not the reason
+            if pool_type != PoolingType.CatAvgMax:
+                raise ValueError(f"pool_type={pool_type!r} does not fit {arch} ({e}); pass one that does, or None for the model's own pooling") from e
     if low_resolution: _low_resolution(encoder)
     encoder.made_with = made
     return encoder
@@ -225,7 +246,7 @@ def encoder_dim(
     if size is None:
         cfg  = first(o.pretrained_cfg for o in encoder.modules() if hasattr(o, 'pretrained_cfg')) or {}
         size = tuple(cfg['input_size'][1:]) if cfg.get('fixed_input_size') else 64
-    h,w   = (size,size) if isinstance(size, int) else size
+    h,w   = check_size(size)
     p     = next(encoder.parameters(), torch.zeros(0))
     x     = torch.zeros(2, encoder_channels(encoder) if n_in is None else n_in, h, w, device=p.device, dtype=p.dtype)
     modes = {o:o.training for o in encoder.modules()}

@@ -9,14 +9,17 @@ __all__ = ['evaluate', 'Comparison', 'compare', 'extract_features', 'Result', 'k
 # %% ../nbs/54_evaluation.ipynb #7c388cb8
 import torch
 from torch import nn
+from fastcore.basics import noop
 from fastcore.xtras import is_listy
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 
+from .basics import warn_once
 from .features import *
 from .online import *
 from .probes import *
 from .protocols import *
+from .results import *
 
 # %% ../nbs/54_evaluation.ipynb #618f606a
 _all_ = ['extract_features', 'Result', 'knn', 'sample_per_class', 'linear_probe', 'sgd_probe', 'fine_tune', 'OnlineKNN', 'OnlineProbe']
@@ -25,24 +28,34 @@ _all_ = ['extract_features', 'Result', 'knn', 'sample_per_class', 'linear_probe'
 def evaluate(
     encoder:nn.Module|Learner, # images (B,C,H,W) → features (B,F)
     dls:DataLoaders, # labelled: features of `dls.train` to look up and to fit on, of `dls.valid` to judge on
-    k:int=20, # neighbours that vote
-    n_per_class:int=10, # labels of each class for the second question; None: leave it out
+    k:int=None, # neighbours that vote; None: 20, or all there are if these are fewer
+    n_per_class:int=10, # labels of each class, or all it has, for the second question; None: leave it out
     seeds:int=5, # draws of these labels, if there are any
     C:float=1., # inverse strength of the regularisation
     device:torch.device=None, # where to compute; None: where the encoder is
     **kwargs, # to `extract_features`, such as `stats`, `half` and `progress`
 ) -> list: # a `Result` for each question
-    "k-NN, a linear classifier on few labels and one on all"
-    *data,device = labelled_features(encoder, dls, device, **kwargs)
-    few = [] if n_per_class is None else [linear_probe(*data, C=C, n_per_class=n_per_class, seeds=seeds, device=device)]
-    return [knn(*data, k=k, device=device), *few, linear_probe(*data, C=C, device=device)]
+    "k-NN, a linear classifier on few labels and one on all, as far as the labels allow"
+    check_solver(C, seeds)
+    if n_per_class is not None and n_per_class<1: raise ValueError(f'n_per_class={n_per_class} must be 1 or more, or None')
+    *data,device = labelled_features(encoder, dls, device, noop if k is None else lambda y: check_k(k, len(y)), **kwargs)
+    y    = data[0][1]
+    kind = label_kind(y)
+    few  = n_per_class if kind=='classes' else None
+    if few and (y.unique(return_counts=True)[1]<few).all():
+        warn_once(f'no class has n_per_class={few} labels, so that a draw of them would be all: that question is left out')
+        few = None
+    near = [] if kind=='targets' else [knn(*data, k=k, device=device)]
+    draw = [linear_probe(*data, C=C, n_per_class=few, seeds=seeds, device=device)] if few else []
+    return [*near, *draw, linear_probe(*data, C=C, device=device)]
 
 # %% ../nbs/54_evaluation.ipynb #4fe16fca
 class Comparison(dict):
     "Name of an encoder → {protocol: `Result`}; prints as a table"
     def __str__(self):
-        cols  = list(dict.fromkeys(p for o in self.values() for p in o))
-        rows  = [['accuracy in %', *cols], *([nm, *(o[p].cell if p in o else '' for p in cols)] for nm,o in self.items())]
+        cols,all_ = list(dict.fromkeys(p for o in self.values() for p in o)),[r for o in self.values() for r in o.values()]
+        heads = dict.fromkeys(r.heading + ('' if r.largest is None else f' (largest class {100*r.largest:.1f})') for r in all_)
+        rows  = [[' / '.join(heads) or 'accuracy in %', *cols], *([nm, *(o[p].cell if p in o else '' for p in cols)] for nm,o in self.items())]
         sizes = [max(map(len, c)) for c in zip(*rows)]
         lines = ['| ' + ' | '.join(c.ljust(n) for c,n in zip(r, sizes)) + ' |' for r in rows]
         return '\n'.join([lines[0], '|' + '|'.join('-'*(n+2) for n in sizes) + '|', *lines[1:]])
@@ -58,13 +71,15 @@ def compare(
     res = Comparison()
     if (kwargs or dls is not None) and not any(isinstance(o, (nn.Module,Learner)) for o in encoders.values()): raise TypeError(
         f'{", ".join([*kwargs, *(["dls"] if dls is not None else [])])}: for evaluate, but there is no encoder to be evaluated')
-    for nm,o in encoders.items():
+    for nm,o in encoders.items(): # before anything is computed
         if isinstance(o, (nn.Module,Learner)):
             if dls is None: raise ValueError(f'{nm!r} is a {type(o).__name__}, which has to be evaluated: pass labelled `dls`')
-            o = evaluate(o, dls, **kwargs)
+            continue
         o = o if is_listy(o) else [o]
         if not all(isinstance(r, Result) for r in o): raise TypeError(f'{nm!r} must be an encoder, a Learner, a Result or a list of Results')
-        res[nm] = {r.protocol:r for r in o}
-        if len(res[nm])<len(o): raise ValueError(
+        if len({r.protocol for r in o})<len(o): raise ValueError(
             f'{nm!r} has several results of one protocol ({", ".join(r.protocol for r in o)}): give all but one another name, r.protocol = …')
+    for nm,o in encoders.items():
+        o = evaluate(o, dls, **kwargs) if isinstance(o, (nn.Module,Learner)) else o if is_listy(o) else [o]
+        res[nm] = {r.protocol:r for r in o}
     return res

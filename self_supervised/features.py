@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['normalization_of', 'without_normalization', 'image_ids', 'in_order', 'n_items', 'first_batch', 'class_names',
-           'check_finite_rows', 'images_labels', 'extract_features']
+           'check_finite_rows', 'extract_features']
 
 # %% ../nbs/50_features.ipynb #c4df93ab
 import operator
@@ -19,7 +19,6 @@ import torch, torch.utils.data as torch_data
 from torch import nn, Tensor
 from fastcore.basics import first
 from fastcore.foundation import CollBase
-from fastcore.xtras import is_listy
 from fasttransform import Pipeline
 from fastprogress import progress_bar
 from fastai.data.core import TfmdDL
@@ -30,6 +29,7 @@ from fastai.learner import Learner
 from fastai.torch_core import no_random
 
 from .basics import not_finite
+from .batches import images_labels
 from .core import encoder_of, ssl_callback
 from .pixels import unit_float
 from .ranges import check_range, usable_images
@@ -118,7 +118,7 @@ def n_items(
     dl, # a fastai or PyTorch DataLoader, or a list of batches
 ) -> int: # 0 if that is not known
     "Images in `dl`, in order"
-    if isinstance(dl, (list,tuple)): return sum(len(b[0] if is_listy(b) else b) for b in dl)
+    if isinstance(dl, (list,tuple)): return sum(len(images_labels(b)[0]) for b in dl)
     if getattr(dl, 'batch_sampler', 0) is None and not hasattr(dl.sampler, 'batch_size'): return 0 # the dataset makes the batches
     ids = image_ids(dl)
     if ids is not None: return len(ids)
@@ -163,19 +163,10 @@ def check_finite_rows(
     if bad := sum((~o.flatten(1).isfinite().all(1)).sum().item() for o in x.split(4096)):
         raise FloatingPointError(f'{bad} of {len(x)} rows of {what} hold NaN or infinite values{why()}')
 
-def _is_text(o): return is_listy(o) and len(o)>0 and isinstance(o[0], str)
-
-def images_labels(
-    b, # a batch: images, (images,), (images, labels), (images, names), (images, labels, names)…
-) -> tuple: # images, and labels or None
-    "What of a batch is images, and what labels; words are names"
-    x,*y = b if is_listy(b) else (b,)
-    return x,first(o for o in y if not _is_text(o))
-
 @torch.no_grad()
 def extract_features(
     encoder:nn.Module|Learner, # images (B,C,H,W) → features (B,F); of a Learner or the model of a method, its encoder
-    dl, # a fastai or PyTorch DataLoader, or a list of batches: (x,) or (x,y), x uint8 or float in [0,1]; shuffled and weighted ones are read in order
+    dl, # a fastai or PyTorch DataLoader, or a list of batches, of any form that `images_labels` reads, x uint8 or float in [0,1]; shuffled and weighted ones are read in order
     stats:tuple=None, # (means, stds) to normalise with; None: those of the Learner's view pipelines, or none
     progress:bool=False, # show a progress bar
     device:torch.device=None, # where to compute; None: where the encoder is. It is moved there, and back

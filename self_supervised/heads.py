@@ -13,9 +13,12 @@ from torch import nn
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastai.layers import apply_init
+from fastai.torch_core import params
 from fastai.vision.learner import create_head, default_split
 
+from .dist import unwrapped
 from .encoders import create_encoder, encoder_dim
+from .methods import method_of
 
 # %% ../nbs/21_heads.ipynb #f1c020be
 def create_mlp_module(
@@ -82,7 +85,10 @@ def create_model(
     return nn.Sequential(encoder, head)
 
 def model_splitter(
-    m:nn.Sequential, # what `create_model` made
+    m:nn.Module, # what `create_model` made, or the model of a method
 ) -> L: # two lists of parameters
-    "Parameters of the encoder and of the head, for `Learner(splitter=…)`"
-    return default_split(m)
+    "Parameters of the encoder and of what stands on it, for `Learner(splitter=…)`"
+    m = unwrapped(m)
+    if not method_of(m): return default_split(m)
+    own = {id(o) for o in m.encoder.parameters()}
+    return L(params(m.encoder), [o for o in m.parameters() if o.requires_grad and id(o) not in own]) # nothing of a teacher

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastai.data.load import DataLoader
 from fastai.distributed import DistributedDL
 
+from .batches import images_labels, unnormalized
 from .core import SSLCallback
 from .dist import all_gather, rank, rank_sizes, world_size
 from .pipelines import make_views
@@ -55,8 +56,8 @@ def fill_memory(
     mine = [i%dl.n for i in range(rank()*each, (rank()+1)*each)]
     mine+= mine[:each%dl.bs==1] # nor can they do with a last batch of one image
     with raw_batches(dl.new(drop_last=False, get_idxs=lambda: mine)) as every:
-        part = [cb.projections(cb.ssl_model(cb.inputs(make_views(augs, x.as_subclass(Tensor))))).unflatten(0, (len(views),-1))
-                for x,*_ in every]
+        part = [cb.projections(cb.ssl_model(cb.inputs(make_views(augs, unnormalized(images_labels(b)[0], dl).as_subclass(Tensor))))).unflatten(0, (len(views),-1))
+                for b in every]
     part = torch.cat(part, 1)
     if part.shape[1]!=len(mine): raise ValueError(
         f'{part.shape[1]} of {len(mine)} images came from the DataLoader, so nobody knows which are missing: leave those that cannot be read out of the dataset')

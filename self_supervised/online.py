@@ -59,16 +59,16 @@ class OnlineKNN(_Online):
     def __init__(self,
         dls:DataLoaders, # labelled, of any data: `dls.train` to look neighbours up in, `dls.valid` to classify
         every:int=1, # judge after the first epoch, then every so many, and after the last
-        k:int=20, # neighbours that vote
+        k:int=None, # neighbours that vote; None: 20, or all there are if these are fewer
         temp:float=0.07, # temperature of the weights
         **kwargs, # to `extract_features`: `stats`, `half`, `device`
     ):
-        if k<1 or temp<=0: raise ValueError(f'k={k} must be 1 or more, and temp={temp} positive')
+        if k is not None and k<1 or temp<=0: raise ValueError(f'k={k} must be 1 or more, and temp={temp} positive')
         super().__init__(dls, every, partial(knn, k=k, temp=temp), kwargs)
 
     def before_fit(self):
         super().before_fit()
-        if self.run: check_k(k := self.judge.keywords['k'], n_items(self.labelled[0]) or k)
+        if self.run and (k := self.judge.keywords['k']) is not None: check_k(k, n_items(self.labelled[0]) or k)
 
 # %% ../nbs/53_online.ipynb #73c34556
 class OnlineProbe(_Online):

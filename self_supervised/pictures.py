@@ -19,13 +19,13 @@ from torch.nn import functional as F
 from torch.utils import data as torch_data
 from fastcore.basics import first
 from fastcore.foundation import L
-from fastcore.xtras import is_listy
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.load import DataLoader
 from fastai.data.transforms import IntToFloatTensor
 from fastai.learner import Learner
 from fastai.torch_core import show_image, subplots
 
+from .batches import images_labels
 from .basics import warn_once
 from .core import ssl_callback
 from .dist import unwrapped
@@ -43,7 +43,7 @@ def _loader(learn, dl):
 def _pick(dl, ids):
     start = 0
     for b in dl:
-        b = b[:2] if is_listy(b) else (b,)
+        b = [o for o in images_labels(b) if o is not None]
         own = [i-start for i in ids if start<=i<start+len(b[0])]
         start += len(b[0])
         yield tuple(o[own] for o in b)
@@ -75,7 +75,7 @@ def _images(dl, ids):
     with _batches(dl, ids) as batches:
         for b in batches:
             for f in undo: b = f.decode(b)
-            res += unit_float((b[0] if is_listy(b) else b).cpu().as_subclass(Tensor)).float()
+            res += unit_float(images_labels(b)[0].cpu().as_subclass(Tensor)).float()
     return dict(zip(ids, map(_unit, res)))
 
 def _show(im, ax, **kwargs):

@@ -20,7 +20,7 @@ from fastai.data.core import DataLoaders
 from fastai.distributed import DistributedDL
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai.optimizer import SGD
+from fastai.optimizer import SGD, Adam
 from fastai.torch_core import no_random
 
 from .basics import warn_once
@@ -28,16 +28,17 @@ from .core import encoder_of
 from .features import class_names, extract_features, first_batch, image_ids, images_labels, normalization_of, without_normalization
 from .heads import model_splitter
 from .pixels import unit_float
-from .probes import Result, count_classes, dataset_labels, labelled_loaders, renumber, result_of, sample_per_class, top_hits
+from .probes import check_draw, dataset_labels, labelled_loaders, labels_a_class, number_classes, renumber, sample_per_class
 from .ranges import set_raw
+from .results import Result, result_of, top_hits
 from .transforms import RandomCropResize, RandomFlip
 from .views import ViewPipeline
 
 # %% ../nbs/52_protocols.ipynb #814e45ad
-def _part(ids, y, n_per_class, seed):
-    "Which of the images `ids` to train on: all, or a draw of `n_per_class` of each class"
+def _part(ids, y, n_per_class, pct, seed):
+    "Which of the images `ids` to train on: all, or a draw of `n_per_class` or the part `pct` of each class"
     ids = torch.tensor(list(ids))
-    return (sample_per_class((ids, y), n_per_class, seed)[0] if n_per_class else ids).tolist()
+    return (sample_per_class((ids, y), n_per_class, seed, pct)[0] if n_per_class or pct else ids).tolist()
 
 def _part_dl(dl, ids, bs, norm, device):
     "The images `ids` of `dl`, in another order each epoch. A last batch of one is left out: batch norm cannot do with it"
@@ -53,7 +54,7 @@ def _linear(n_in, n_classes):
 
 class _Train(Callback):
     "Views in place of images, the mode of the encoder, and a look at weights and loss after each epoch"
-    def __init__(self, augs, tune, rates): self.augs,self.tune,self.rates = augs,tune,rates
+    def __init__(self, augs, classes, tune, rates): self.augs,self.classes,self.tune,self.rates = augs,classes,tune,rates
     def before_train(self):
         self.losses = []
         self.model[0].train(self.tune)
@@ -61,7 +62,7 @@ class _Train(Callback):
 
     def before_batch(self):
         x,y = images_labels((*self.xb, *self.yb))
-        self.learn.xb,self.learn.yb = (unit_float(self.augs(x.as_subclass(Tensor))),),(y,)
+        self.learn.xb,self.learn.yb = (unit_float(self.augs(x.as_subclass(Tensor))),),(torch.searchsorted(self.classes, y.as_subclass(Tensor).long().contiguous()),)
 
     def after_batch(self): self.losses.append(self.loss.detach())
 
@@ -72,18 +73,20 @@ class _Train(Callback):
         if self.epoch+1==self.n_epoch and loss>2*guess: warn_once(
             f'after training the loss of the classifier is {loss:.3g}, and guessing has {guess:.3g}: learning rates that are too high ({self.rates}), or too few steps')
 
-def _fit(net, head, dl, augs, tune, epochs, wd, sched, lrs):
+_opts = dict(sgd=partial(SGD, mom=.9, decouple_wd=False), adam=Adam)
+
+def _fit(net, head, dl, augs, classes, tune, epochs, wd, opt, sched, lrs):
     "Train `head` on top of `net`, and `net` too if `tune`, on views by `augs`; `sched` of `lrs` are their learning rates"
     rates = f'lr={lrs[0]:g} and lr_head={lrs[1]:g}' if tune else f'lr={lrs[1]:g}'
-    learn = Learner(DataLoaders(dl, []), nn.Sequential(net, head), CrossEntropyLossFlat(), partial(SGD, mom=.9, decouple_wd=False),
-                    splitter=model_splitter, wd_bn_bias=True, cbs=_Train(augs, tune, rates))
+    learn = Learner(DataLoaders(dl, []), nn.Sequential(net, head), CrossEntropyLossFlat(), _opts[opt],
+                    splitter=model_splitter, wd_bn_bias=True, cbs=_Train(augs, classes, tune, rates))
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs, wd=wd, cbs=ParamScheduler(dict(lr=sched(np.array(lrs)))))
     return learn.model
 
 # %% ../nbs/52_protocols.ipynb #bacc9214
 def _on_views(name, encoder, dls, epochs, lrs, sched, pct=None, n_per_class=None, bs=256, wd=0., size=None, resize_scale=(.08,1.),
-              seeds=1, stats=None, device=None):
-    "Train a linear layer with `lrs[1]` on a copy of the encoder, and the copy with `lrs[0]` if that is not 0"
+              seeds=1, stats=None, device=None, opt='sgd', steps=0):
+    "Train a linear layer with `lrs[1]` on a copy of the encoder, and the copy with `lrs[0]` if that is not 0; for `epochs`, or more until there were `steps`"
     if lrs[1]<=0 or min(epochs, bs, seeds)<1: raise ValueError(
         f'the learning rate of the linear layer, {lrs[1]}, must be positive, and epochs={epochs}, bs={bs} and seeds={seeds} 1 or more')
     train,valid = (o.dl if isinstance(o, DistributedDL) else o for o in labelled_loaders(dls))
@@ -92,8 +95,8 @@ def _on_views(name, encoder, dls, epochs, lrs, sched, pct=None, n_per_class=None
     if resize_scale is None and size is not None: raise ValueError(f'size={size}: with resize_scale=None the images of dls.train are views already, of the size that they have')
     names = class_names(train),class_names(valid)
     y,tune,judged = dataset_labels(train),lrs[0]>0,encoder_of(encoder)
-    n_classes = count_classes(y, renumber(dataset_labels(valid), *names))
-    if pct: n_per_class = max(1, round(pct*len(y)/len(y.unique())))
+    *_,classes = number_classes(y, renumber(dataset_labels(valid), *names))
+    if n_per_class: check_draw(y, n_per_class)
     device = device or next(judged.parameters(), torch.zeros(0)).device
 
     norm  = normalization_of(encoder, stats)
@@ -105,12 +108,18 @@ def _on_views(name, encoder, dls, epochs, lrs, sched, pct=None, n_per_class=None
 
     hits = []
     for seed in range(seeds):
-        ids,net = _part(image_ids(train), y, n_per_class, seed),deepcopy(judged).requires_grad_(tune)
+        ids,net = _part(image_ids(train), y, n_per_class, pct, seed),deepcopy(judged).requires_grad_(tune)
         with no_random(seed, reproducible=False):
-            model = _fit(net, _linear(n_features, n_classes), _part_dl(train, ids, bs, norm, device), augs, tune, epochs, wd, sched, lrs)
+            dl = _part_dl(train, ids, bs, norm, device)
+            epochs = max(epochs, -(-steps//len(dl)))
+            if tune and epochs*len(dl)<50: warn_once(
+                f'few steps of training ({epochs*len(dl)}) for {len(ids)} images in batches of {bs}: give a smaller bs or more epochs, or n_per_class alone, whose defaults are for few images')
+            model  = _fit(net, _linear(n_features, len(classes)), dl, augs, classes.to(device), tune, epochs, wd, opt, sched, lrs)
         scores,t = extract_features(model, valid, stats, device=device)
-        hits.append(top_hits(scores, renumber(t.long(), *names)))
-    return result_of(name, hits, n_classes, epochs=epochs, lr=lrs if tune else lrs[1], n_per_class=n_per_class, bs=bs, wd=wd, size=size,
+        t = torch.searchsorted(classes, renumber(t.long(), *names))
+        hits.append(top_hits(scores, t))
+    if n_per_class: name = f'{name}, {labels_a_class(y, n_per_class)}'
+    return result_of(name, hits, t, len(classes), opt=opt if tune else None, epochs=epochs, lr=lrs if tune else lrs[1], pct=pct, n_per_class=n_per_class, bs=bs, wd=wd, size=size,
                      resize_scale=resize_scale, seeds=seeds, stats=stats and tuple(o.flatten().tolist() for o in stats), train=len(ids), test=len(t))
 
 # %% ../nbs/52_protocols.ipynb #332f3592
@@ -138,21 +147,24 @@ def sgd_probe(
                      resize_scale=resize_scale, seeds=seeds, stats=stats, device=device)
 
 # %% ../nbs/52_protocols.ipynb #5b8b49af
-@delegates(sgd_probe, but=['schedule','wd'])
+@delegates(sgd_probe, but=['schedule','wd','bs'])
 def fine_tune(
     encoder:nn.Module|Learner, # images (B,C,H,W) → features (B,F); a copy is trained, in training mode
     dls:DataLoaders, # of fastai, labelled: trained on a part of `dls.train`, judged on `dls.valid`
-    pct:float=None, # part of the labels, 0.01 or 0.1 in the papers; as many of each class, at least one
-    n_per_class:int=None, # or how many labels of each class
-    epochs:int=20, # passes through these images (official code)
-    lr:float=None, # learning rate of the encoder; None: 0.02 for `pct` up to 0.01, else 0.01 (official code)
-    lr_head:float=None, # of the linear layer; None: 5 for `pct` up to 0.01, else 0.2 (official code)
+    pct:float=None, # part of the labels of each class, 0.01 or 0.1 in the papers; at least one
+    n_per_class:int=None, # or how many labels of each class, or all that it has
+    epochs:int=None, # passes through these images; None: 20 (official code), for `n_per_class` more until there were 200 steps
+    lr:float=None, # learning rate of the encoder; None: 0.02 for `pct` up to 0.01, else 0.01 (official code), for `n_per_class` that of Adam, .001
+    lr_head:float=None, # of the linear layer; None: 5 for `pct` up to 0.01, else 0.2 (official code), for `n_per_class` that of Adam, .01
+    bs:int=None, # batch size; None: 256 (official code), with Adam 64
     **kwargs # as in `sgd_probe`
 ) -> Result: # a run for each seed
-    "Train encoder and linear layer on a few labels"
+    "Train encoder and linear layer on a few labels: with SGD, or with Adam for `n_per_class` without learning rates"
     if [pct,n_per_class].count(None)!=1 or not 0<(n_per_class if pct is None else pct) or (pct or 0)>1: raise ValueError(
         f'pct={pct}, n_per_class={n_per_class}: give one of them, a part of the labels above 0 and up to 1 (0.01 is 1 %), or a number for each class')
-    lrs = tuple(a if b is None else b for a,b in zip((.02,5.) if (pct or 1)<=.01 else (.01,.2), (lr,lr_head)))
+    if few := n_per_class is not None and lr is None and lr_head is None: own,how = (.001,.01),dict(opt='adam', steps=0 if epochs else 200)
+    else: own,how = (.02,5.) if (pct or 1)<=.01 else (.01,.2),{}
+    lrs = tuple(a if b is None else b for a,b in zip(own, (lr,lr_head)))
     if lrs[0]<=0: raise ValueError(f'lr={lr} must be positive; sgd_probe trains the linear layer alone')
-    part = f'{n_per_class} labels a class' if n_per_class else f'{100*pct:g} % of the labels'
-    return _on_views(f'fine-tuned, {part}', encoder, dls, epochs, lrs, partial(_steps, gamma=.2), pct, n_per_class, **kwargs)
+    return _on_views('fine-tuned' if pct is None else f'fine-tuned, {100*pct:g} % of the labels', encoder, dls, 20 if epochs is None else epochs, lrs,
+                     partial(_steps, gamma=.2), pct, n_per_class, (64 if few else 256) if bs is None else bs, **how, **kwargs)

@@ -9,7 +9,9 @@ __all__ = ['Recipe', 'register_recipe', 'recipes', 'get_recipe', 'setting_info']
 import difflib, inspect, textwrap
 from functools import lru_cache, partial
 from importlib import import_module
+from numbers import Integral
 from pkgutil import iter_modules
+from typing import get_args
 
 import torch
 from fastcore.basics import AttrDict, first, patch, store_attr
@@ -26,6 +28,7 @@ from fastai.torch_core import no_random
 from torch import nn
 
 from . import vision
+from .batches import images_labels
 from .basics import check_size, warn_once
 from .core import SSLCallback, ssl_callback
 from .data import no_loss
@@ -65,6 +68,16 @@ def _in_epochs(*methods):
     "Settings that a recipe of these methods gives in epochs: name → (argument, is it a part of training?, help)"
     return {_setting('callback', k):o for m in methods for k,o in ssl_methods()[m].callback.epoch_settings.items()}
 
+def _counts(method):
+    "Settings of the model that count something"
+    f = _functions(method)['model']
+    ps = inspect.signature(f).parameters
+    return [k for k,arg in _arguments(method)['model'].items() if int in (ps[arg].annotation, *get_args(ps[arg].annotation))]
+
+def _check_count(nm, *values):
+    if any(isinstance(v, bool) or not isinstance(v, Integral) or v<1 for v in values): raise ValueError(
+        f'{nm}={values[0] if len(values)==1 else values} must be a whole number, 1 or more')
+
 def _near(nm, names):
     near = difflib.get_close_matches(nm, names, n=3)
     return f'; did you mean {", ".join(near)}?' if near else f'; there are {", ".join(names)}'
@@ -95,12 +108,15 @@ class Recipe:
         if method not in ssl_methods(): raise ValueError(f'method={method!r} is not registered{_near(method, list(ssl_methods()))}')
         if opt not in _opts: raise ValueError(f'opt={opt!r} must be one of {", ".join(_opts)}')
         if precision not in ('fp16','bf16','fp32'): raise ValueError(f'precision={precision!r} must be fp16, bf16 or fp32')
-        if min(bs, epochs)<1 or lr<=0: raise ValueError(f'bs={bs}, epochs={epochs} and lr={lr} must be positive')
+        for k,v in dict(bs=bs, epochs=epochs).items(): _check_count(k, v)
+        if not lr>0: raise ValueError(f'lr={lr} must be positive')
         if not 0<=warmup_epochs<epochs: raise ValueError(f'warmup_epochs={warmup_epochs} must be fewer than epochs={epochs}: give both')
         store_attr(but='kwargs')
         for k in _in_epochs(method): setattr(self, k, kwargs.pop(k, None))
         self.args = {k:v for k,v in kwargs.items() if v is not None or k not in _in_epochs(*ssl_methods())} # None for what only others count is no setting
         if bad := [k for k in self.args if k not in self.names]: raise ValueError(f'{bad[0]} is no setting of a {method} recipe{_near(bad[0], self.names)}')
+        for k in _counts(method):
+            if self.args.get(k) is not None: _check_count(k, *L(self.args[k]))
 
     @property
     def names(self) -> list: # of strings
@@ -112,11 +128,25 @@ class Recipe:
         "All settings that are not left to the method's own defaults"
         return {k:getattr(self, k) for k in (*_own(), *_in_epochs(self.method))} | self.args
 
+    def _shorter(self, epochs):
+        "What would end within the training, and does not within `epochs`, in proportion"
+        _check_count('epochs', epochs)
+        return {k:v*epochs/self.epochs for k in ('warmup_epochs', *_in_epochs(self.method)) if (v := getattr(self, k)) is not None and epochs<=v<self.epochs}
+
+    def _kinds(self, settings):
+        "Values for each kind of crop, cut to as many as `settings` ask for"
+        n,*others = (_setting('views', k) for k in getattr(_functions(self.method)['views'], 'crop_kinds', [None]))
+        return {k:self.args[k][:len(L(settings[n]))] for k in others if is_listy(self.args.get(k))} if n in settings else {}
+
     def new(self,
         **settings # those to change
     ): # `Recipe`
-        "This recipe with other settings; if `bs` is another, learning rates that are not given follow it"
-        if settings.get('bs', self.bs)!=self.bs and settings.get('opt', self.opt)==self.opt and settings['bs']>0:
+        "This recipe with other settings. What is not given follows: learning rates the batch, what would not end in fewer epochs these, and crops as many kinds as there are"
+        if new := {k:v for k,v in self._shorter(settings.get('epochs', self.epochs)).items() if k not in settings}: warn_once(
+            f'epochs={settings["epochs"]} instead of the {self.epochs} of {self.name}: in proportion, ' + ', '.join(f'{k}={getattr(self, k):g} → {v:g}' for k,v in new.items()))
+        settings = new | self._kinds(settings) | settings
+        if settings.get('bs', self.bs)!=self.bs and settings.get('opt', self.opt)==self.opt:
+            _check_count('bs', settings['bs'])
             f = (settings['bs']/self.bs)**(.5 if self.opt=='adam' else 1)
             settings = {k:getattr(self, k)*f for k in ('lr','lr_start','lr_final')} | settings
         return Recipe(**(dict(name=self.name, method=self.method, about=self.about) | self.settings | settings))
@@ -225,7 +255,7 @@ def _n_in(encoder, dls):
     "Channels of the images"
     if encoder is not None: return encoder_channels(encoder)
     with no_random(reproducible=False): b = first(dls.train)
-    return (b[0] if is_listy(b) else b).shape[1]
+    return images_labels(b)[0].shape[1]
 
 @patch
 def learner(self:Recipe,

@@ -11,6 +11,7 @@ import inspect
 import torch
 from fastcore.basics import patch
 
+from .basics import warn_once
 from .methods import ssl_methods
 from .recipes import Recipe
 
@@ -47,6 +48,9 @@ def suggest(self:Recipe,
     n_in:int=3, # channels of the images
 ) -> Recipe: # with the changes that are printed
     "This recipe, fitted to data and machine"
+    if n_images<2*gpus: raise ValueError(f'n_images={n_images}: a batch needs at least two images for each of gpus={gpus}, or batch norm has nothing to go by')
+    if n_images<500: warn_once(f'{n_images} images are few: an encoder that is trained on them alone will hardly beat an untrained one (compare both with k-NN). '
+                               'Add images, labels are not needed; or begin with an encoder that others have trained')
     res = self
     def change(why, **settings):
         nonlocal res
@@ -66,7 +70,8 @@ def suggest(self:Recipe,
         if image_size<=64 and 'resne' in self.arch: change('the stem would leave a quarter of the resolution (SimCLR, appendix B.9)', low_resolution=True)
 
     bs,why = self.bs,[]
-    if n_images//20<bs: bs,why = max(n_images//20, 2),['an epoch should have 20 steps']
+    least  = max(min(32, 2**(int(n_images).bit_length()-1)), 2*gpus)
+    if max(n_images//20, least)<bs: bs,why = max(n_images//20, least),['an epoch should have 20 steps' if n_images//20>=least else 'a batch cannot have more images than there are, and should not have fewer than 32']
     if memory:
         each,fixed = res._memory(n_in)
         fits = int((.8e9*memory - fixed)/each)*gpus

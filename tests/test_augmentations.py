@@ -19,6 +19,9 @@ from self_supervised.augmentations import *
 from self_supervised.basics import warn_once
 from self_supervised.pipelines import make_views
 from self_supervised.data import fashion_mnist
+from self_supervised.vision.deepcluster import get_deepcluster_aug_pipelines
+from self_supervised.vision.sela import get_sela_aug_pipelines
+from self_supervised.vision.swav import get_swav_aug_pipelines
 
 tol    = 2/255
 shapes = [(64,64), (61,48), (40,90)]
@@ -736,3 +739,22 @@ def test_refuses_stats_of_another_length(f):
 
 def test_refuses_an_even_kernel():
     with pytest.raises(ValueError, match='kernel_size=4 must be odd'): RandomGaussianBlur(kernel_size=4)
+
+# ---- kinds of crops
+
+@pytest.mark.parametrize('build', [get_swav_aug_pipelines, get_deepcluster_aug_pipelines, get_sela_aug_pipelines], ids=['swav','deepcluster','sela'])
+def test_defaults_are_cut_to_the_kinds_of_crops(build):
+    "By position, by name, one number; what is given is never cut"
+    for args,kw in (((2,),{}), (((2,),),{}), (((2,),(64,)),{}), ((),dict(num_crops=[2], crop_sizes=[64])), (((2,),(64,),(.3,)),{}), ((),dict(num_crops=(2,), max_scales=(.9,)))):
+        pipes = build(*args, **kw)
+        crop  = pipes[0].fs[0]
+        assert len(pipes)==2 and crop.scale[0]==(.3 if len(args)>2 else inspect.signature(build).parameters['min_scales'].default[0]) and crop.scale[1]==kw.get('max_scales', (1.,))[0]
+    assert len(build())==sum(inspect.signature(build).parameters['num_crops'].default) and len(build((1,2), (32,16)))==3
+    for kw in (dict(min_scales=(.3,.1)), dict(crop_sizes=(64,32)), dict(max_scales=(1.,.5))):
+        with pytest.raises(ValueError, match='give all four the same length'): build((2,), **kw)
+    with pytest.raises(ValueError, match='give all four the same length'): build((2,2,2), (64,48,32)) # there are no defaults for a third kind
+    with pytest.raises(TypeError, match='num_crop'): build(num_crop=(2,))
+
+def test_no_negative_number_of_views():
+    with pytest.raises(ValueError, match='n=-1 views'): get_multi_aug_pipelines(-1, 16)
+    assert get_multi_aug_pipelines(0, 16)==[]

@@ -7,7 +7,7 @@ import numpy as np, psutil, pytest, timm, torch, torchvision
 from PIL import Image
 
 import processes
-from self_supervised import cli, cli_judge, cli_pretrain
+from self_supervised import cli, cli_judge, cli_log, cli_pretrain
 from self_supervised.all import (create_encoder, create_swav_model, encoder_info, fashion_mnist, fine_tune, knn, linear_probe, load_encoder, read_checked,
                                  sgd_probe, tensor_dls, write_atomic)
 from self_supervised.cli_command import ask_package, flags_file, parse as parse_words
@@ -87,7 +87,7 @@ def done(p):
 def rows(out):
     "Losses of the table that a run prints, which must not be there twice"
     assert len(re.findall(r'epoch +train_loss', out))<=1, out
-    found = re.findall(r'^\W*(\d+) +(\S+) +None', out, re.M)
+    found = re.findall(r'^(\d+) +(\S+)', out, re.M)
     assert [int(i) for i,_ in found]==list(range(len(found))), out
     return [float(o) for _,o in found]
 
@@ -144,7 +144,7 @@ def test_from_images_to_answers(images, tmp_path, start):
     again,early = start(*cmd, '--resume'),start('ssl_knn', out, data)
     assert 'checkpoint fit01-step' in done(early)
     assert 'Going on from' in done(again) and (out/'monitor.png').exists()
-    assert [int(o['epoch']) for o in history(out)]==list(range(6)) and re.findall(r'^\W*(\d+) +\S+ +None', again.out(), re.M)==[str(i) for i in range(stopped, 6)]
+    assert [int(o['epoch']) for o in history(out)]==list(range(6)) and re.findall(r'^(\d+)  ', again.out(), re.M)==[str(i) for i in range(stopped, 6)]
 
     said = json.loads((out/'settings.json').read_text())
     want = get_recipe('swav_small', arch='test_mambaout', low_resolution=False, n_protos=30, hidden_size=256, bs=64, lr=.0021, lr_start=.0002, lr_final=2e-6, warmup_epochs=1., epochs=6)
@@ -264,7 +264,7 @@ ssl_pretrain()
     check_saved(tmp_path/'out', first)
     p = start('ssl_pretrain', *args, tmp_path/'out')
     out = done(p)
-    assert 'Going on from' in out and re.findall(r'^\W*(\d+) +\S+ +None', out, re.M)==[str(i) for i in range(len(first), 4)]
+    assert 'Going on from' in out and re.findall(r'^(\d+)  ', out, re.M)==[str(i) for i in range(len(first), 4)]
     check_run(whole, tmp_path/'whole', 4)
     a,b = ((tmp_path/o/'history.csv').read_text() for o in ('whole','out'))
     assert a==b and a.count('\n')==5
@@ -290,7 +290,7 @@ def test_loggers(images, tmp_path, start):
 def test_pictures_leave_no_trace(tmp_path):
     learn = get_recipe('swav_small', arch='test_mambaout').learner(tensor_dls(fashion_mnist()[0][0][:20], bs=10), path=tmp_path)
     before = torch.random.get_rng_state(),learn.dls.train.rng.getstate()
-    cli_pretrain._save_views(learn)
+    cli_log.save_views(learn)
     assert torch.equal(before[0], torch.random.get_rng_state()) and before[1]==learn.dls.train.rng.getstate()
     assert Image.open(tmp_path/'views.png').size[0]>300
 
@@ -343,7 +343,8 @@ print(json.dumps(said))
     ('IMG --recipe swav_small --epochs many',        r"--epochs: 'many' must be of type int"),
     ('IMG --recipe swav_small --crop-sizes 28 x',    r"--crop-sizes: 'x' must be number"),
     ('IMG --recipe swav_small --K some',             r"--K: 'some' must be of type int, or none"),
-    ('IMG IMG --recipe swav_small',                  r'is unknown: is it one word too many'),
+    ('IMG x --recipe swav_small',                    r'x is not a folder'),
+    ('IMG --recipe swav_small x',                    r'x is unknown: is it one word too many'),
     ('IMGS --recipe swav_small',                     r'not a folder: did you mean all'),
     ('/no/such/place --recipe swav_small',           r'there is no /no/such either'),
     ('EMPTY --recipe swav_small',                    r'no image in the folder .* or below it'),
@@ -367,7 +368,7 @@ def test_wrong_pretraining(words, says, images, tmp_path, refused):
     ('ssl_knn RUN FEW',                              r'one folder for each class'),
     ('ssl_linear RUN DATA --schedule poly',          r"invalid choice: 'poly'"),
     ('ssl_linear RUN DATA --n-per-class 5',          r'belongs to --logistic'),
-    ('ssl_knn RUN DATA --results /no/such/x',        r'cannot be written'),
+    ('ssl_knn RUN DATA --results /no/such/x',        r'must be a file in a folder that there is'),
     ('ssl_semisup RUN DATA',                         r'give --pct \(1%, 10%\) or --n-per-class'),
     ('ssl_semisup RUN DATA --pct 1',                 r'write 1% or 100%'),
     ('ssl_semisup RUN DATA --pct 0',                 r"'0' must be a part of the labels"),
@@ -456,7 +457,7 @@ def test_life_of_a_run(tmp_path, capsys):
     assert same()
     names = 'epochs n_epoch data'.split()
     assert quick(other, run, epochs=2, override=names)==0 and [int(o['epoch']) for o in history(run)]==[0,1]
-    assert len((run/'images.txt').read_text().splitlines())==23 and json.loads((run/'settings.json').read_text())['data']==dict(source=str(other), images=23, labelled=None)
+    assert len((run/'images.txt').read_text().splitlines())==23 and json.loads((run/'settings.json').read_text())['data']==dict(source=str(other), images=23, labelled=None, max_value=None, background='white')
 
     for f in (run/'checkpoints').iterdir(): f.unlink()
     before = held(run)
@@ -513,7 +514,7 @@ def test_a_run_that_becomes_nan(tmp_path, monkeypatch):
 def test_encoder_comes_before_the_pictures(tmp_path, monkeypatch):
     "which may fail"
     def fail(*args): raise RuntimeError('no display')
-    monkeypatch.setattr(cli_pretrain, '_save_curves', fail)
+    monkeypatch.setattr(cli_pretrain, 'save_curves', fail)
     with pytest.raises(RuntimeError): quick(few(tmp_path/'im'), tmp_path/'run')
     assert (tmp_path/'run'/'encoder.safetensors').exists()
 

@@ -244,7 +244,7 @@ def test_freezing_counts_steps_of_the_optimizer(skipped):
     assert learn.look.seen==[True]*(7 if skipped else 5)+[False]*(1 if skipped else 3)
 
 def test_a_second_input_is_refused():
-    dls = DataLoaders(DataLoader([(o,o,0) for o in torch.rand(16,1,14,14)], bs=8))
+    dls = DataLoaders(DataLoader([(o,o,0) for o in torch.rand(16,1,14,14)], bs=8), [])
     with pytest.raises(ValueError, match='a batch has 2 inputs, and Toy takes 1.*n_inp=1'): quiet(toy(dls, loss_func=nn.Identity()), 1)
 
 def test_labels_count():

@@ -479,13 +479,13 @@ def labelled(x=None, **kw): return tensor_dls(*([shapes(16), shapes(8)] if x is 
     (lambda: linear_probe(d, (d[0],d[1][:-1])), 'test has 8 features and 7 labels'), (lambda: linear_probe(d, None), 'test is None'),
     (lambda: linear_probe(d, d, C=0), 'C=0 must be positive'), (lambda: linear_probe(d, d, seeds=0), 'seeds=0'), (lambda: linear_probe(d, d, seeds=3), 'seeds=3: on all labels.*n_per_class'),
     (lambda: linear_probe(nn.Flatten(), labelled(), seeds=3), 'seeds=3'), (lambda: linear_probe(d, d, n_per_class=3), 'n=3'), (lambda: linear_probe(d, d, n_per_class=0), 'n=0'),
-    (lambda: sample_per_class(d, 3), 'n=3.*the smallest class has 2'), (lambda: sample_per_class(d, 0), 'n=0'),
+    (lambda: sample_per_class(d, 3), 'n=3.*the largest class has 2'), (lambda: sample_per_class(d, 0), 'n=0'),
     (lambda: sgd_probe(Halves(), labelled(), schedule='linear'), "schedule='linear' must be one of cosine, step"), (lambda: sgd_probe(Halves(), labelled(), epochs=0), 'epochs=0'),
     (lambda: sgd_probe(Halves(), labelled(), lr=0), 'linear layer, 0, must be positive'), (lambda: sgd_probe(Halves(), [[shapes(8)],[shapes(8)]]), 'dls.train is a list.*give a DataLoader of fastai'),
     (lambda: sgd_probe(Halves(), labelled((shapes(16)[0],shapes(8)[0]))), 'has no labels'), (lambda: sgd_probe(Halves(), tensor_dls(shapes(16), bs=4)), 'is empty'),
     (lambda: sgd_probe(Halves(), labelled(), size=8, resize_scale=None), 'size=8: .*views already'),
     (lambda: fine_tune(Halves(), labelled()), 'pct=None, n_per_class=None: give one'), (lambda: fine_tune(Halves(), labelled(), pct=.1, n_per_class=3), 'give one'),
-    (lambda: fine_tune(Halves(), labelled(), pct=10), 'pct=10'), (lambda: fine_tune(Halves(), labelled(), n_per_class=9), 'n=9.*the smallest class has 8'),
+    (lambda: fine_tune(Halves(), labelled(), pct=10), 'pct=10'), (lambda: fine_tune(Halves(), labelled(), n_per_class=9), 'n=9.*the largest class has 8'),
     (lambda: fine_tune(Halves(), labelled(), pct=.1, lr=0), 'lr=0 must be positive'), (lambda: fine_tune(Halves(), labelled(), pct=0), 'pct=0'), (lambda: fine_tune(Halves(), labelled(), n_per_class=0), 'n_per_class=0')])
 def test_wrong_use(f, msg):
     with pytest.raises((ValueError,TypeError), match=msg): f()

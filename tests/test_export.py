@@ -1,8 +1,9 @@
 "The file of an encoder: what it says of itself, that it is whole, and that it holds numbers"
 import json, os, stat
 from functools import partial
+from pathlib import Path
 
-import pytest, timm, torch
+import numpy as np, pytest, timm, torch
 from fastai.learner import Learner
 from safetensors.torch import load_file
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from self_supervised.data import tensor_dls
 from self_supervised.export import check_finite, creation_text, encoder_info, is_safetensors, load_encoder
 from self_supervised.checkpoint import Checkpoint
-from self_supervised.layers import create_encoder, create_timm_encoder
+from self_supervised.layers import create_encoder, create_timm_encoder, encoder_dim
 from self_supervised.pretrained import to_layout
 
 import methods
@@ -120,3 +121,56 @@ def test_layout(tmp_path):
     assert torch.equal(other.conv1.weight, theirs.conv1.weight)
     own = nn.Sequential(nn.Conv2d(3,4,3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     assert encoder_info(learner(own).export_encoder(tmp_path/'o'))['convert']=='' # nobody has names for it
+
+def conv(): return nn.Sequential(nn.Conv2d(3,4,3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+def test_equal_weights_are_equal_files(tmp_path):
+    "safetensors shuffles its header; other weights are another file, and what is written is read by its own reader"
+    enc   = conv()
+    files = [learner(enc).export_encoder(tmp_path/f'{i}'/'e.safetensors') for i in range(6)]
+    assert len({o.read_bytes() for o in files})==1
+    with torch.no_grad(): enc[0].weight[0,0,0,0] += 1
+    assert learner(enc).export_encoder(tmp_path/'e.safetensors').read_bytes()!=files[0].read_bytes()
+    b = files[0].read_bytes(); n = int.from_bytes(b[:8], 'little')
+    names = list(json.loads(b[8:8+n]))
+    assert n%8==0 and names==sorted(names) and all(torch.equal(load_file(tmp_path/'e.safetensors')[k], v) for k,v in enc.state_dict().items())
+
+def test_home_and_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    enc = create_encoder('test_mambaout', pretrained=False, pool_type='avg')
+    f   = learner(enc).export_encoder('~/no/such/folder/encoder.safetensors')
+    assert f==tmp_path/'no'/'such'/'folder'/'encoder.safetensors' and not (Path.cwd()/'~').exists()
+    for o in ('~/no/such/folder/encoder.safetensors', '~/no/such/folder', str(f.parent), f):
+        assert torch.equal(load_encoder(o).state_dict()['stem.conv1.weight'], enc.state_dict()['stem.conv1.weight']) and encoder_info(o)==encoder_info(f)
+    with pytest.raises(ValueError, match="path='.*folder' is a folder: give the name of a file, such as .*folder/encoder.safetensors"): learner(enc).export_encoder('~/no/such/folder')
+    assert [o.name for o in f.parent.iterdir()]==['encoder.safetensors']
+
+@pytest.mark.parametrize('f', [load_encoder, encoder_info, lambda o: create_encoder('resnet50', pretrained=o)], ids=['load','info','create'])
+def test_what_else_people_have(tmp_path, f):
+    "A Learner, its model and optimizer, a checkpoint, folders, nothing: each is told, whatever it is called, and none is run"
+    learn = learner(conv(), [Checkpoint(tmp_path/'run'/'checkpoints', epochs=1)])
+    learn.path,learn.model_dir = tmp_path,tmp_path
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    learn.remove_cb(Checkpoint)
+    learn.export('learner.safetensors')
+    with pytest.raises(ValueError, match=r"learner.safetensors .*a whole Learner, as learn.export writes it.*can run code.*load_learner\('.*'\).export_encoder"): f(tmp_path/'learner.safetensors')
+    learn.save('both')
+    with pytest.raises(ValueError, match=r"both.pth .*a model and its optimizer, as learn.save.*learn.load\('both'\)"): f(tmp_path/'both.pth')
+    ckpt = next((tmp_path/'run').rglob('*.ckpt'))
+    for o in (ckpt, tmp_path/'run', ckpt.parent):
+        with pytest.raises(ValueError, match=r"checkpoint.*Checkpoint\('.*run/checkpoints'\).newest\(\)\[1\]\['model'\].*model.encoder"): f(o)
+    state = Checkpoint(ckpt.parent).newest()[1]['model'] # as that says
+    assert torch.equal(state['encoder.0.weight'], learn.model.encoder[0].weight)
+    (tmp_path/'run'/'settings.json').write_text('{}')
+    with pytest.raises(ValueError, match=f'`ssl_export {tmp_path}/run --out encoder.safetensors`'): f(ckpt)
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(ValueError, match='empty is a folder without encoder.safetensors: pass a file'): f(tmp_path/'empty')
+    with pytest.raises((FileNotFoundError,ValueError), match='gone.*(there is no such file|is not a file)'): f(tmp_path/'gone')
+
+def test_numbers_of_numpy(tmp_path):
+    enc = create_encoder('vit_tiny_patch16_224', pretrained=False, n_in=np.int64(1), depth=1, embed_dim=24, img_size=32, patch_size=2, drop_path_rate=np.float32(0))
+    f   = learner(enc).export_encoder(tmp_path/'e.safetensors')
+    assert encoder_info(f)['create_encoder']['n_in']==1 and str(load_encoder(f))==str(enc)
+    assert encoder_dim(enc, np.int64(32))==encoder_dim(enc, (32,32))==24
+    for bad in (np.int64(0), np.float64(1), 'x'):
+        with pytest.raises(ValueError, match='n_in='): create_encoder('resnet18', pretrained=False, n_in=bad)

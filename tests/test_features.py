@@ -150,7 +150,7 @@ def test_rows_and_labels_that_do_not_match():
         def forward(self, x): return x.flatten(1).repeat(2, 1)
     with pytest.raises(ValueError, match=r'gives \(6, 48\) for 3 images'): extract_features(Two(), [x[:3]])
     with pytest.raises(ValueError, match='6 images and 3 labels'): extract_features(Mean(), [(x[:3],y[:3]), (x[3:6],)])
-    with pytest.raises(ValueError, match='shape'): extract_features(Mean(), [dict(image=x)])
+    with pytest.raises(ValueError, match='what is an image there'): extract_features(Mean(), [dict(picture=x)])
 
 def test_labels_that_the_dataset_changes():
     "Where a dataset has a transform of its labels, those that lie ready are others than those that are given"

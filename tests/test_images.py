@@ -17,7 +17,7 @@ from self_supervised.basics import warn_once
 from self_supervised.data import image_dls, tensor_dls
 from self_supervised.encoders import encoder_dim
 from self_supervised.heads import create_cls_module
-from self_supervised.image_files import common_depth, list_images, open_image
+from self_supervised.image_files import ImageFileError, check_files, common_depth, image_size, list_images, open_image
 from self_supervised.ranges import raw_batches
 from self_supervised.vision.simclr import SimCLR, create_simclr_model, get_simclr_aug_pipelines
 
@@ -548,10 +548,183 @@ def test_normalize_comes_after_unit_floats_and_shows_pictures(folder):
     a = plt.gcf().axes[0].images[0].get_array(); plt.close('all')
     assert a.shape==(8,8,3) and a.min()>=0
 
+class ViewRanges(Callback):
+    "The range of the first views of each batch"
+    order,ranges = 100,[]
+    def before_fit(self): self.ranges.clear()
+    def before_batch(self): self.ranges.append([o.item() for o in self.xb[0][0].aminmax()])
+
 @pytest.mark.parametrize('kind', ['folder','bytes','floats'])
-def test_a_method_refuses_normalised_images(folder, kind):
+def test_a_method_undoes_normalisation(folder, kind):
     kw = dict(batch_tfms=Normalize.from_stats(*imagenet_stats, cuda=False))
     dls = image_dls(folder/'train', size=16, bs=4, device='cpu', **kw) if kind=='folder' else tensor_dls(
         torch.rand(12,3,16,16) if kind=='floats' else torch.randint(0, 256, (12,3,16,16), dtype=torch.uint8), bs=4, device='cpu', **kw)
-    learn = Learner(dls, create_simclr_model(_encoder(), 8, 4), cbs=SimCLR(get_simclr_aug_pipelines(12, stats=None)))
-    with pytest.raises(ValueError, match='normalised already: leave Normalize out of the DataLoaders'), learn.no_logging(): learn.fit(1)
+    learn = Learner(dls, create_simclr_model(_encoder(), 8, 4), cbs=[SimCLR(get_simclr_aug_pipelines(12, stats=None)), ViewRanges()])
+    with pytest.warns(UserWarning, match='Normalize of dls.train is undone'), learn.no_logging(): learn.fit(1)
+    assert len(ViewRanges.ranges)==3 and all(-1e-5<=lo<hi<=1+1e-5 for lo,hi in ViewRanges.ranges)
+
+# --- not every failure is damage
+
+def _files(top, n=3):
+    for i in range(n): Image.new('RGB', (8,8), (i,0,0)).save(top/f'{i}.png')
+    return [top/f'{i}.png' for i in range(n)]
+
+@pytest.mark.parametrize('source,msg', [
+    (None,                     'source=None must be a folder or a list'),
+    (7,                        'source=7 must be a folder or a list'),
+    (b'photos',                "source=b'photos' must be a folder or a list"),
+    ({'a.png':0},              r'must be a folder or a list.*in an order: pass sorted'),
+    ({'a.png'},                r'must be a folder or a list.*in an order: pass sorted'),
+    (['a.png', 3],             "source has int '3' at position 1.*leave out what has none"),
+    (['a.png', b'b.png'],      'source has bytes .* at position 1'),
+    (['a.png', None],          "source has NoneType 'None' at position 1"),
+    (['a.png', float('nan')],  "source has float 'nan' at position 1"),
+    (['a.png', ''],            "source has str '' at position 1"),
+    ([('a.png',0)],            'source has tuple .* at position 0'),
+    (torch.zeros(2,3,8,8),     'source has Tensor .* at position 0.*in memory are for tensor_dls'),
+    (np.zeros((2,8,8,3)),      'source has ndarray .* at position 0.*in memory are for tensor_dls'),
+    (range(3),                 'source has int .* at position 0'),
+], ids=range(14))
+def test_what_is_no_list_of_files(source, msg):
+    for f in (list_images, image_dls):
+        with pytest.raises(TypeError, match=msg): f(source)
+
+def test_tables(tmp_path):
+    "A column is a list of files, a table is not"
+    import pandas as pd
+    fns = _files(tmp_path)
+    df  = pd.DataFrame(dict(path=[str(o) for o in fns], label=[0,1,0]))
+    assert list_images(df.path)==list_images(np.array(df.path))==list_images(iter(fns))==fns
+    with pytest.raises(TypeError, match=r"source is a data frame: pass the column that holds the files, such as df\['path'\]"): image_dls(df)
+
+def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _files(tmp_path)
+    with pytest.raises(ValueError, match="source='' is empty: pass a folder; '.' is the current one"): list_images('')
+    assert len(list_images('.'))==3
+    with pytest.raises(ValueError, match=r"source='\*.png' is not a folder.*glob.glob\('\*.png'\)"): list_images('*.png')
+
+def test_home_in_a_list(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    fns = _files(tmp_path)
+    assert list_images(['~/0.png', Path('~')/'1.png', fns[2]])==fns and list_images('~')==fns
+    assert image_dls(['~/0.png'], size=8, bs=1, device='cpu').one_batch()[0].shape==(1,3,8,8)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'~nobody-of-this-name').mkdir() # a folder that is called so
+    assert list_images(['~nobody-of-this-name/a.png'])==[Path('~nobody-of-this-name/a.png')]
+
+def test_a_missing_file_is_told_when_the_loaders_are_made(tmp_path, monkeypatch):
+    fns = _files(tmp_path)
+    gone = tmp_path/'gone.png'
+    link = tmp_path/'link.png'; link.symlink_to(gone)
+    for bad in (gone, link):
+        with pytest.raises(ImageFileError, match=f'1 of 4 files cannot be read, the first: {bad} .there is no such file.: correct the list, or pass skip_bad=True'):
+            image_dls([*fns, bad], size=8, bs=2)
+        with pytest.raises(ImageFileError, match=f'cannot read the image {bad} .there is no such file.: correct the list'): open_image(bad)
+    with pytest.raises(ImageFileError, match='1 of 4 files.*gone.png'): image_dls(fns, valid=[gone], size=8, bs=2)
+    dls,said = notices(lambda: image_dls([*fns, gone], size=8, bs=3, skip_bad=True, device='cpu'))
+    assert list(dls.train_ds.items)==fns and 'gone.png (there is no such file)' in said[0]
+    monkeypatch.chdir(tmp_path)
+    dls = image_dls(['0.png','1.png'], size=8, bs=2, device='cpu', num_workers=0)
+    assert dls.one_batch()[0].shape==(2,3,8,8)
+    (tmp_path/'elsewhere').mkdir(); monkeypatch.chdir(tmp_path/'elsewhere')
+    with pytest.raises(ImageFileError, match=f'no such file, seen from the current folder {tmp_path}/elsewhere.: pass absolute paths'): dls.one_batch()
+
+def test_a_sample_of_very_many_is_asked_for(tmp_path, monkeypatch):
+    fns,asked = _files(tmp_path, 1),[]
+    monkeypatch.setattr(os.path, 'isfile', lambda o: asked.append(o) or True)
+    check_files(fns*25_000)
+    check_files(fns*99)
+    assert len(asked)==10_000+99
+    asked.clear(); check_files(list(range(100)), n=10)
+    assert asked==list(range(0,100,10))
+
+def test_a_folder_in_a_list(tmp_path):
+    with pytest.raises(ImageFileError, match='it is a folder.: pass a folder alone, as the source'): image_dls([*_files(tmp_path), tmp_path], size=8, bs=2)
+    with pytest.raises(ImageFileError, match='it is a folder'): open_image(tmp_path)
+
+def test_the_system_does_not_give_a_file(tmp_path, monkeypatch):
+    fn = _files(tmp_path, 1)[0]
+    for e,says in ((PermissionError(13,'Permission denied'),'Permission denied'), (OSError(24,'Too many open files'),'Too many open files.*ulimit -n'), (OSError(5,'Input/output error'),'Input/output error.*the disk')):
+        with monkeypatch.context() as m:
+            m.setattr(builtins, 'open', lambda *a, **k: (_ for _ in ()).throw(e))
+            with pytest.raises(ImageFileError, match=says) as info: open_image(fn)
+        assert 'mend or delete' not in str(info.value)
+
+def test_the_pixel_limit_of_pillow(tmp_path, monkeypatch):
+    "Above it there is no alarm, and from its double on an error that is not about damage"
+    from importlib.util import module_from_spec, spec_from_file_location
+    from self_supervised import image_files as used
+    Image.new('RGB', (40,30)).save(tmp_path/'large.png')
+    with warnings.catch_warnings():
+        warnings.resetwarnings(); warnings.simplefilter('error')
+        spec = spec_from_file_location('self_supervised.image_files_again', used.__file__) # imported again, as pytest forgets filters
+        image_files = module_from_spec(spec); spec.loader.exec_module(image_files)
+        monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
+        assert image_files.open_image(tmp_path/'large.png', 8).shape==(3,8,8)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 500)
+    for f in (image_files.open_image, lambda o: image_files.good_images([o], 1)):
+        with pytest.raises(ValueError, match='it has more than 1,000 pixels, a limit of Pillow') as info: f(tmp_path/'large.png')
+        assert 'mend or delete' not in str(info.value)
+    with pytest.raises(ValueError, match='make it smaller, or lift the limit.*MAX_IMAGE_PIXELS = None.*skip_bad=True'): image_files.open_image(tmp_path/'large.png')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', None)
+    assert image_files.open_image(tmp_path/'large.png', 8).shape==(3,8,8)
+
+@pytest.mark.parametrize('b,says', [
+    (b'',                                                'it is empty.: fetch it again'),
+    (b'<?xml version="1.0"?>\n<svg width="8"/>',         'drawing without pixels .SVG..: save it as PNG'),
+    (b'\n<!DOCTYPE svg PUBLIC "-//W3C">',                'drawing without pixels .SVG..: save it as PNG'),
+    (b'<!DOCTYPE html><title>404</title>',               'a web page.*: fetch the picture again'),
+    (b'version https://git-lfs.github.com/spec/v1\n',    'Git LFS.: `git lfs pull`'),
+    (b'\0\0\0\x18ftypheic\0\0\0\0mif1heic',              'HEIC, JPEG XL or a film.*: save it as JPEG'),
+    (b'\xff\x0a'+bytes(30),                              'HEIC, JPEG XL or a film.*: save it as JPEG'),
+    (b'\0\0\0\x0cJXL \r\n\x87\n',                        'HEIC, JPEG XL or a film.*: save it as JPEG'),
+    (b'GARBAGE'*9,                                       'UnidentifiedImageError.*: mend or delete it'),
+], ids=range(9))
+def test_files_that_are_no_pictures(tmp_path, b, says):
+    (tmp_path/'a.png').write_bytes(b)
+    with pytest.raises(ImageFileError, match=f'cannot read the image {tmp_path}/a.png .*{says}.*, or pass skip_bad=True to image_dls$') as info: open_image(tmp_path/'a.png')
+    assert b[:1]==b'G' or 'mend' not in str(info.value)
+    with pytest.raises(ImageFileError, match=f'cannot read any of the 1 images looked at.*{says}'): image_dls([tmp_path/'a.png'], bs=1)
+
+def test_what_pillow_does_not_read_is_left_out_and_named(tmp_path):
+    fns = _files(tmp_path)
+    for o in ('logo.svg','IMG_1.HEIC','raw.nef','raw.CR3','raw.dng','a.jxl','m.emf'): (tmp_path/o).write_text('<svg/>')
+    (tmp_path/'notes.txt').touch()
+    found,said = notices(lambda: list_images(tmp_path))
+    assert found==fns and len(said)==1 and 'does not read, save photographs among them as JPEG (7: ' in said[0] and 'notes' not in said[0]
+    assert image_dls(tmp_path, size=8, bs=3, device='cpu').one_batch()[0].shape==(3,3,8,8)
+    for o in fns: o.unlink()
+    with pytest.raises(ValueError, match='no image in the folder.*Left out: files that Pillow does not read.*IMG_1.HEIC'): list_images(tmp_path)
+
+def test_what_pillow_has_learned_is_read(tmp_path, monkeypatch):
+    "pillow-heif registers its extensions like this"
+    Image.init()
+    monkeypatch.setitem(Image.EXTENSION, '.heic', 'PNG')
+    Image.new('RGB', (8,8)).save(tmp_path/'a.heic', 'PNG')
+    assert notices(lambda: list_images(tmp_path))==([tmp_path/'a.heic'],[])
+
+@pytest.mark.parametrize('suffix', sorted({'.jpg','.jpeg','.png','.bmp','.gif','.tif','.tiff','.webp','.ppm','.jp2','.avif'}))
+def test_common_kinds_are_listed_and_read(tmp_path, suffix):
+    try: Image.new('RGB', (16,16), 'red').save(tmp_path/f'a{suffix}')
+    except (KeyError, OSError): pytest.skip(f'this Pillow writes no {suffix}')
+    assert open_image(list_images(tmp_path)[0], 8).shape==(3,8,8)
+
+def test_numbers_of_numpy(tmp_path):
+    fns = _files(tmp_path, 4)
+    dls = image_dls(fns, size=np.int64(8), bs=np.int32(2), n_in=np.int64(3), device='cpu')
+    assert dls.one_batch()[0].shape==(2,3,8,8) and type(dls.bs) is int
+    assert tensor_dls(torch.zeros(8,3,8,8), bs=np.int64(4), device='cpu').one_batch()[0].shape==(4,3,8,8)
+    for bad in (np.int64(0), np.float64(2), '2'):
+        with pytest.raises(ValueError, match='bs=.*whole number'): image_dls(fns, size=8, bs=bad)
+    for bad in (np.inf, np.nan, np.float64(8.5), np.int64(-1), np.bool_(True)):
+        with pytest.raises(ValueError, match='size=.*positive whole numbers'): image_dls(fns, size=bad, bs=2)
+
+def test_sizes(tmp_path):
+    "As they are in the file, of what `open_image` reads; an error as there"
+    import tifffile
+    Image.new('RGB', (9,5)).save(tmp_path/'a.png')
+    Image.fromarray(np.zeros((5,9), np.uint16)).save(tmp_path/'b.png')
+    tifffile.imwrite(tmp_path/'c.tif', np.zeros((5,9,7), np.uint16), photometric='minisblack', planarconfig='contig')
+    assert [tuple(image_size(tmp_path/o, n)) for o,n in (('a.png',3),('b.png',1),('c.tif',7))]==[(5,9)]*3
+    with pytest.raises(ImageFileError, match='gone.png .there is no such file'): image_size(tmp_path/'gone.png')

@@ -361,9 +361,9 @@ def test_wrong_pipelines(name):
     (lambda nm: learner(nm, loaders(nm, images(8), bs=1)), 'bs=1.*batch norm.*bs=2'),
     (lambda nm: learner(nm, tensor_dls(images(), bs=8), metrics=accuracy), 'metrics accuracy.*this data has no labels.*Leave `metrics` out'),
     (lambda nm: learner(nm, loaders(nm, torch.full((16,1,14,14), float('nan')))), 'NaN'),
-    (lambda nm: learner(nm, DataLoaders(_dl(torch.rand(16,14))), loss_func=nn.Identity()), r'shape \(B,C,H,W\)'),
+    (lambda nm: learner(nm, DataLoaders(_dl(torch.rand(16,14)), []), loss_func=nn.Identity()), r'shape \(B,C,H,W\)'),
     (lambda nm: learner(nm, cb=callback(nm, augs(nm, stats=imagenet_stats))), 'stats=None'),
-    (lambda nm: learner(nm, DataLoaders(_dl(images(16), images(16), range(16))), loss_func=nn.Identity()), 'a batch has 2 inputs, and .* takes 1: .*n_inp=1'),
+    (lambda nm: learner(nm, DataLoaders(_dl(images(16), images(16), range(16)), []), loss_func=nn.Identity()), 'a batch has 2 inputs, and .* takes 1: .*n_inp=1'),
 ], ids='encoder channels batch-of-one metric nan shape stats two-inputs'.split())
 def test_wrong_model_or_data(name, make, msg):
     if methods[name].callback.needs_labels and msg.startswith('metrics'): msg = 'learns from labels and this data has none'

@@ -1,5 +1,5 @@
 "Released weights, in files of their layout that are written here, against torchvision's ResNet-50 and a plain ResNet of any width; nothing is fetched"
-import gzip, io, random, re, shutil, tarfile, zipfile
+import gzip, io, random, re, shutil, sys, tarfile, zipfile
 from urllib.error import URLError
 
 import numpy as np, pytest, timm, torch, torchvision
@@ -12,7 +12,7 @@ from methods import quiet
 from self_supervised.all import SWAV, create_encoder, create_model, create_timm_encoder, create_simclr_model, get_swav_aug_pipelines, load_encoder, tensor_dls
 from self_supervised.methods import ssl_methods
 from self_supervised.layers import CheckpointSequential
-from self_supervised.pretrained import create_official_model, to_layout, load_official, official_weights, read_official
+from self_supervised.pretrained import create_official_model, export_onnx, to_layout, load_official, official_weights, read_official
 from self_supervised import encoders
 
 pytestmark = pytest.mark.slow
@@ -188,7 +188,7 @@ def test_strict(lib, change, says, file, tmp_path):
     (lambda file: create_encoder('resnet18', pretrained='swav_800ep'), ValueError, r"swav_800ep holds a resnet50, not a resnet18: create_encoder\('resnet50', pretrained='swav_800ep'\)"),
     (lambda file: create_encoder('resnet50', pretrained='swav_RN50w2_400ep'), ValueError, "create_encoder\\('resnet50w2'"),
     (lambda file: create_encoder('resnet50', pretrained='swav_850ep'), ValueError, 'not a released name; did you mean swav_800ep'),
-    (lambda file: create_encoder('resnet50', pretrained=file.parent), ValueError, 'is not a file'),
+    (lambda file: create_encoder('resnet50', pretrained=file.parent), ValueError, 'is a folder without encoder.safetensors'),
     (lambda file: create_official_model('deepclusterv2_400ep', method='swav'), ValueError, r'prototypes of \[20, 20, 20\], which do not fit swav: a file with so many sets is for deepcluster or sela'),
     (lambda file: create_official_model(file, method='simclr'), ValueError, "method='simclr' must be 'swav', 'deepcluster' or 'sela'"),
     (lambda file: create_encoder('resnet50w4'), ValueError, "pretrained='swav_RN50w4_400ep'"),
@@ -209,6 +209,38 @@ def test_no_network(monkeypatch):
     def fail(*args, **kwargs): raise URLError('no route')
     monkeypatch.setattr(torch.hub, 'download_url_to_file', fail)
     with pytest.raises(OSError, match=r'swav_100ep_pretrain\.pth\.tar could not be fetched \(no route\): .* pass its path, or put it into'): read_official('swav_100ep')
+
+def test_no_network_for_imagenet_weights(monkeypatch, tmp_path):
+    "Of torchvision, fastai and timm: what was wanted, where from, why not, where to put it, and how to do without"
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    def fail(*args, **kwargs): raise URLError('no route')
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', fail)
+    for arch,url in (('resnet18','https://download.pytorch.org/models/resnet18-.*pth'), (torchvision.models.resnet34,'https://download.pytorch.org/models/resnet34-.*pth'), ('xresnet50','https://s3.amazonaws.com/.*xrn50_940.pth')):
+        for kw in ({}, dict(pretrained=True, n_in=1)):
+            with pytest.raises(OSError, match=rf"ImageNet weights of {getattr(arch, '__name__', arch)} .*not on this machine, and {url} could not be fetched .no route.: .*put it into {re.escape(torch.hub.get_dir())}/checkpoints; or pass pretrained=False"): create_encoder(arch, **kw)
+    asked = []
+    def hub(*args, **kwargs):
+        asked.append(args)
+        raise LocalEntryNotFoundError('a long story') from ConnectionError('no route')
+    monkeypatch.setattr(timm.models._builder, 'load_state_dict_from_hf', hub)
+    for arch in ('test_vit','test_resnet'): # with and without a pooling of its own
+        with pytest.raises(OSError, match=rf'weights of {arch} .*https://huggingface.co/timm/{arch}\..*/model.safetensors could not be fetched .no route.: .*pretrained_cfg_overlay=dict.file=.*; or pass pretrained=False'): create_encoder(arch)
+    assert len(asked)==2
+    with pytest.raises(ValueError, match='timm has no weights for test_mambaout; pass pretrained=False'): create_encoder('test_mambaout')
+    monkeypatch.setattr(timm.models._factory, 'load_model_config_from_hf', hub)
+    with pytest.raises(OSError, match='^a long story'): create_encoder('hf_hub:me/mine') # nobody knows what is there
+    plain = timm.create_model('test_resnet')
+    torch.save(plain.state_dict(), tmp_path/'fetched.pth')
+    assert torch.equal(create_encoder('test_resnet', pretrained_cfg_overlay=dict(file=str(tmp_path/'fetched.pth'))).layer1[0].conv1.weight, plain.layer1[0].conv1.weight) # as that says
+    with pytest.raises(FileNotFoundError): create_encoder('test_resnet', pretrained_cfg_overlay=dict(file=str(tmp_path/'not fetched.pth')))
+    create_encoder('resnet18', pretrained=False)
+
+def test_home_and_a_folder_of_a_run(monkeypatch, net, file, x, tmp_path):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path/'run').mkdir(); save_file({k:v.contiguous() for k,v in torch.load(file).items()}, tmp_path/'run'/'encoder.safetensors')
+    shutil.copy(file, tmp_path/'net.safetensors') # of PyTorch, whatever it is called
+    for o in ('~/run','~/run/encoder.safetensors','~/net.safetensors', tmp_path/'run'): close(create_encoder('resnet50', pretrained=o).eval()(x), net(x))
+    with pytest.raises(ValueError, match=rf'{tmp_path}/run/encoder.safetensors does not fit this Sequential, nothing was loaded'): create_encoder('resnet18', pretrained='~/run')
 
 def packed(opener, data=b'weights'):
     f = io.BytesIO()
@@ -256,10 +288,11 @@ def test_damaged(file, tmp_path):
 
 @pytest.mark.parametrize('o,says', [
     (lambda: nn.Linear(2,2), r'holds Python objects \(torch\.nn\.modules\.linear\.Linear\).*model\.state_dict\(\)'),
-    (lambda: dict(model=nn.Linear(2,2).state_dict(), opt={}), r'holds model \(OrderedDict\), opt \(dict\), where names of tensors'),
+    (lambda: dict(model=nn.Linear(2,2).state_dict(), opt={}), r"holds more than weights, it is a model and its optimizer.*learn.load\('net'\)"),
+    (lambda: dict(net=nn.Linear(2,2).state_dict(), opt={}), r'holds net \(OrderedDict\), opt \(dict\), where names of tensors'),
     (lambda: torch.ones(3), 'holds Tensor, where names of tensors'),
     (lambda: [torch.ones(3)], 'holds list, where names of tensors'),
-], ids=['model','fastai','tensor','list'])
+], ids=['model','fastai','other','tensor','list'])
 def test_other_things_in_a_file_of_pytorch(o, says, tmp_path):
     torch.save(o(), tmp_path/'net.pth')
     with pytest.raises(ValueError, match=says): read_official(tmp_path/'net.pth')
@@ -386,3 +419,26 @@ def test_layouts_of_other_architectures(x):
     other = timm.create_model('test_vit', num_classes=0, in_chans=1)
     other.load_state_dict(to_layout(enc, 'timm'))
     close(other.eval()(x[:,:1,:32,:32].repeat(1,1,5,5)), enc.eval()(x[:,:1,:32,:32].repeat(1,1,5,5)))
+
+@pytest.mark.parametrize('kind', ['encoder','model','learner'])
+def test_onnx(tmp_path, kind):
+    "Another program's arithmetic gives the same features, for any number of images; batch norms are those of evaluation, and the model is left as it was"
+    onnx = pytest.importorskip('onnx'); pytest.importorskip('onnxscript')
+    from onnx.reference import ReferenceEvaluator
+    enc = nn.Sequential(nn.Conv2d(2,4,3,stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    enc(torch.randn(8,2,9,7)+1)
+    o = enc if kind=='encoder' else create_simclr_model(enc)
+    if kind=='learner': o = Learner(tensor_dls(torch.rand(4,2,9,7), bs=2), o, loss_func=len)
+    f = export_onnx(o, tmp_path/'new'/'e.onnx', size=(9,7))
+    assert enc.training and [p.name for p in f.parent.iterdir()]==['e.onnx']
+    g = onnx.load(f).graph
+    assert ([i.name for i in g.input],[i.name for i in g.output])==(['images'],['features'])
+    for n in (1,5):
+        x = torch.randn(n,2,9,7)
+        close(torch.tensor(ReferenceEvaluator(str(f)).run(None, {'images':x.numpy()})[0]), enc.eval()(x))
+    enc.train()
+
+def test_onnx_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'onnxscript', None)
+    with pytest.raises(ImportError, match=r"onnx and onnxscript.*pip install 'self_supervised\[onnx\]'"): export_onnx(nn.Linear(1,1), tmp_path/'e.onnx')
+    assert not list(tmp_path.iterdir())

@@ -1,8 +1,8 @@
 "Recipes say what the papers say, and what a Learner gets is what a recipe says"
-import json, math, re
+import json, math, re, warnings
 from copy import deepcopy
 
-import pytest, torch
+import numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from methods import encoder, images, quiet
 from self_supervised import methods as method_module, recipes as recipe_module, suggest # noqa: F401 (gives recipes `suggest`)
+from self_supervised.augmentations import crop_kinds
+from self_supervised.basics import warn_once
 from self_supervised.cli import ssl_pretrain
 from self_supervised.cli_command import parse
 from self_supervised.methods import register_method, ssl_methods
@@ -324,12 +326,71 @@ def test_activations_of_a_real_step():
     (lambda: Recipe('x', 'byol'), "method='byol' is not registered; there are"),
     (lambda: Recipe('x', 'swav', opt='adamw'), "opt='adamw' must be one of larc, lars, sgd, adam"),
     (lambda: Recipe('x', 'swav', precision='half'), "precision='half' must be fp16, bf16 or fp32"),
-    (lambda: get_recipe('swav_100ep', bs=0), 'bs=0, epochs=100'),
-    (lambda: get_recipe('swav_100ep', epochs=10), 'warmup_epochs=10.0 must be fewer than epochs=10'),
+    (lambda: get_recipe('swav_100ep', lr=0), 'lr=0 must be positive'), (lambda: get_recipe('swav_100ep', lr=math.nan), 'lr=nan must be positive'),
+    (lambda: get_recipe('swav_100ep', epochs=10, warmup_epochs=10), 'warmup_epochs=10 must be fewer than epochs=10'),
+    (lambda: Recipe('x', 'swav', epochs=10), 'warmup_epochs=10.0 must be fewer than epochs=10: give both'),
     (lambda: get_recipe('swav_100ep').fit(Learner(tensor_dls(images(16), bs=8), encoder(), loss_func=len)), r'recipe\.learner\(dls\)'),
-], ids=range(9))
+], ids=range(11))
 def test_wrong_use(f, says):
     with pytest.raises(ValueError, match=says): f()
+
+counts = {k:nm for nm in ('swav_100ep','simclr_v2_800ep','deepcluster_small','sela_small') for k in ('bs','epochs','hidden_size','projection_size','nlayers','n_protos','n_heads') if k in get_recipe(nm).names}
+
+@pytest.mark.parametrize('v', [0, -1, 2.5, '8', True, math.nan], ids=repr)
+@pytest.mark.parametrize('k', counts)
+def test_counts_are_whole_and_positive(k, v):
+    "Before an encoder is made, in one line that names the setting"
+    assert len(counts)==7
+    for f in (lambda: get_recipe(counts[k], **{k:v}), lambda: Recipe('x', get_recipe(counts[k]).method, **{k:v})):
+        with pytest.raises(ValueError, match=rf'^{k}={re.escape(str(v))} must be a whole number, 1 or more$'): f()
+
+def test_counts_of_each_layer():
+    "A number for each; and numbers of NumPy are numbers"
+    assert get_recipe('swav_small', hidden_size=(64,32), nlayers=3, bs=np.int64(64), n_protos=np.int32(8)).bs==64
+    with pytest.raises(ValueError, match=r'hidden_size=\(64, 0\) must be'): get_recipe('swav_small', hidden_size=(64,0), nlayers=3)
+
+def shorter(f):
+    "A recipe, and what was said"
+    warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('always'); r = f()
+    return r,[str(o.message) for o in w if 'in proportion' in str(o.message)]
+
+@pytest.mark.parametrize('name', recipes())
+def test_one_epoch_of_every_recipe(name):
+    "What ended before the training does so still, at the same part of it; the rest is as it was"
+    full      = get_recipe(name)
+    r,words   = shorter(lambda: get_recipe(name, epochs=1))
+    in_epochs = {k:v for k,v in full.settings.items() if k.endswith(('_epochs','_epoch')) and v is not None}
+    for k,v in in_epochs.items(): assert getattr(r, k)==pytest.approx(v/full.epochs if 1<=v<full.epochs else v) and getattr(r, k)<1
+    cut = [k for k,v in in_epochs.items() if v>=1]
+    assert len(words)==bool(cut) and all(f'{k}={in_epochs[k]:g} → ' in words[0] for k in cut)
+    assert {k:v for k,v in r.settings.items() if k not in ('epochs',*cut)}=={k:v for k,v in full.settings.items() if k not in ('epochs',*cut)}
+
+def test_what_still_fits_or_is_given_is_kept():
+    (r,words),(own,none) = shorter(lambda: get_recipe('swav_200ep_bs256', epochs=20)),shorter(lambda: get_recipe('swav_100ep', epochs=4, warmup_epochs=2., freeze_epochs=9., queue_start_epoch=None))
+    assert (r.queue_start_epoch,r.freeze_epochs)==(15,1.) and not words and (own.warmup_epochs,own.freeze_epochs)==(2.,9.) and not none
+    assert shorter(lambda: get_recipe('swav_100ep', epochs=11))[0].warmup_epochs==10 and shorter(lambda: get_recipe('swav_100ep', epochs=10))[0].warmup_epochs==1.
+    always = Recipe('x', 'swav', epochs=20, freeze_epochs=30.).new(epochs=12) # frozen to the end, and so it stays
+    assert always.freeze_epochs==30.
+
+def test_one_epoch_runs():
+    "With a warm-up of a tenth of its steps, as in the recipe"
+    r,_ = shorter(lambda: get_recipe('swav_100ep', epochs=1, bs=4, hidden_size=16, projection_size=8, n_protos=10, num_crops=(2,1), crop_sizes=(12,8)))
+    learn = r.learner(tensor_dls(images(40), bs=4), encoder(), cbs=[spy:=Spy()])
+    quiet_fit(r, learn)
+    assert len(spy.lrs)==10 and spy.lrs[0]==pytest.approx(r.lr_start) and max(spy.lrs)==spy.lrs[1]==pytest.approx(r.lr) and r.warmup_epochs==pytest.approx(.1)
+
+def test_fewer_kinds_of_crops(register):
+    "Values of the recipe for a kind that is gone go too; those that are given stay, to be refused"
+    four = 'num_crops','crop_sizes','min_scales','max_scales'
+    register(SimCLR, dict(mine_small=dict(like='simclr_small', num_crops=(2,4), crop_sizes=(28,14), min_scales=(.4,.1), max_scales=(1.,.4))),
+             get_aug_pipelines=crop_kinds(*four)(ssl_methods()['swav'].get_aug_pipelines))
+    r = get_recipe('mine_small', num_crops=(2,))
+    assert r.view_sizes==[(28,28)]*2 and [r.args[k] for k in four]==[(2,),(28,),(.4,),(1.,)]
+    assert get_recipe('mine_small', num_crops=[3], crop_sizes=(20,)).view_sizes==[(20,20)]*3 and get_recipe('mine_small', num_crops=(1,2)).args['min_scales']==(.4,.1)
+    with pytest.raises(ValueError, match='give all four the same length'): get_recipe('mine_small', num_crops=(2,), crop_sizes=(28,14)).view_sizes
+    with pytest.raises(ValueError, match='give all four the same length'): get_recipe('mine_small', num_crops=(2,2,2)).view_sizes
 
 def test_every_setting_has_help():
     info = setting_info()

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.layers import apply_init
 
-from ..augmentations import get_batch_augs
+from ..augmentations import crop_kinds, get_batch_augs
 from ..core import SSLCallback
 from ..dist import all_gather, all_mean, all_reduce, rank, world_size
 from ..layers import create_mlp_module, encoder_dim
@@ -30,6 +30,7 @@ from ..pipelines import check_view_ids
 from .swav import get_swav_aug_pipelines, protos_for
 
 # %% ../../nbs/42_vision.deepcluster.ipynb #d776d946
+@crop_kinds('num_crops', 'crop_sizes', 'min_scales', 'max_scales')
 @delegates(get_batch_augs, but=['size', 'resize_scale'])
 def get_deepcluster_aug_pipelines(
     num_crops:tuple=(2,4), # views of each kind (official code, 400 epochs)

@@ -9,7 +9,7 @@ __all__ = ['sela_loss', 'get_sela_aug_pipelines', 'SeLaModel', 'create_sela_mode
 from torch import nn, Tensor
 from fastcore.meta import delegates
 
-from ..augmentations import get_batch_augs
+from ..augmentations import crop_kinds, get_batch_augs
 from ..basics import warn_once
 from ..methods import OfficialWeights, register_method
 from ..sinkhorn import sinkhorn_labels
@@ -17,6 +17,7 @@ from .deepcluster import *
 from .swav import SWAV
 
 # %% ../../nbs/43_vision.sela.ipynb #019661ca
+@crop_kinds('num_crops', 'crop_sizes', 'min_scales', 'max_scales')
 @delegates(get_batch_augs, but=['size', 'resize_scale'])
 def get_sela_aug_pipelines(
     num_crops:tuple=(2,4), # views of each kind (table of released weights)

@@ -16,7 +16,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastai.layers import apply_init
 
-from ..augmentations import get_batch_augs, get_multi_aug_pipelines
+from ..augmentations import crop_kinds, get_batch_augs, get_multi_aug_pipelines
 from ..basics import loader_facts, warn_once
 from ..core import SSLCallback
 from ..dist import all_mean, world_size
@@ -28,6 +28,7 @@ from ..queue import FeatureQueue
 from ..sinkhorn import sinkhorn_knopp
 
 # %% ../../nbs/40_vision.swav.ipynb #3c07e9f4
+@crop_kinds('num_crops', 'crop_sizes', 'min_scales', 'max_scales')
 @delegates(get_batch_augs, but=['size', 'resize_scale'])
 def get_swav_aug_pipelines(
     num_crops:tuple=(2,6), # views of each kind (paper, section 4)
@@ -136,8 +137,7 @@ class SWAV(SSLCallback):
     def before_fit(self):
         "Check sizes, and set up the queue"
         super().before_fit()
-        m = self.ssl_model
-        n_protos,dim = m.prototypes.weight.shape
+        n_protos,dim = (m := self.ssl_model).prototypes.weight.shape
         m.queue.resize(len(self.crop_assgn_ids), self.K or 0, dim)
         n,bs,_ = loader_facts(self.dls.train).values()
         samples = bs*world_size() + (self.K or 0)
