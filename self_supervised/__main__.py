@@ -14,7 +14,6 @@ from .cli_command import nearest
 
 # %% ../nbs/79_main.ipynb #203cc954
 _commands = {o.removeprefix('ssl_'):('cli', getattr(cli, o).__doc__) for o in cli.__all__} # name → module, what it does
-_commands['explore'] = 'explore','A page on this machine that shows what the view parameters do to images' # which takes seconds to import
 
 def main(
     words:list, # of the command line, without the name of the program

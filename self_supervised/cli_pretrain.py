@@ -159,6 +159,7 @@ def ssl_pretrain(
     suggest:bool=False, # print which settings would fit these images and this machine, and why, and end
     skip_bad:bool=False, # read every image before the run begins, and leave those out that cannot be read
     init:str=None, # begin with the weights of an encoder: imagenet, a released name, a file, or the folder of a run; default: none, from scratch
+    freeze_encoder_epochs:at_least(1)=None, # with --init: first epochs in which the encoder waits, while what stands on it learns; default: none
     extend:at_least(1)=None, # let a finished run go on for so many epochs more
     **settings # of the recipe
 ): # exit code
@@ -177,7 +178,8 @@ def ssl_pretrain(
         n,new = _extended(out, extend, settings)
         settings = settings_of(_said(out)) | settings | dict(epochs=n)
         override += [o for o in ('epochs','n_epoch','param_scheduler.lr') if o not in override]
-    run = dict(n_in=n_in, max_value=max_value, background=background, load_size=load_size, checkpointing=checkpointing, seed=seed, labelled=bool(labelled), processes=n_procs, init=init)
+    run = dict(n_in=n_in, max_value=max_value, background=background, load_size=load_size, checkpointing=checkpointing, seed=seed, labelled=bool(labelled), processes=n_procs, init=init, freeze_encoder_epochs=freeze_encoder_epochs)
+    if freeze_encoder_epochs and init is None: raise ValueError(f'--freeze-encoder-epochs {freeze_encoder_epochs}: an encoder with random weights would wait for nothing: give --init, or leave it out')
     _check_same(out, dict(recipe=recipe, **run, **settings), override)
 
     from accelerate import InitProcessGroupKwargs
@@ -190,6 +192,7 @@ def ssl_pretrain(
     from self_supervised.data import image_dls
     from self_supervised.export import git_commit
     from self_supervised.grad_checkpoint import checkpoint_encoder
+    from self_supervised.heads import FreezeEncoder
     from self_supervised.image_files import common_depth, good_images
     from self_supervised.monitor import CollapseMonitor
     from self_supervised.online import OnlineKNN
@@ -219,6 +222,7 @@ def ssl_pretrain(
     table = Watcher(after_epoch=history_file, before_train=note)
     table.order = 90 # after the recorder, before the checkpoint
     cbs = [CollapseMonitor(), checkpoint]
+    if freeze_encoder_epochs: cbs.append(FreezeEncoder(freeze_encoder_epochs))
     if labelled: cbs.append(OnlineKNN(labelled_dls(labelled, *cut_sizes(crop), n_in, workers=workers, **light), every=knn_every))
     if main:
         out.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['max_mb', 'max_megapixels', 'max_images', 'read_image', 'example_images', 'view_settings', 'view_changes',
            'views_call', 'seeded_views', 'views_picture', 'boxes_picture', 'view_kinds', 'crop_areas', 'views_seconds',
-           'explore_page', 'ssl_explore']
+           'explore_page', 'serve']
 
 # %% ../nbs/74_explore.ipynb #8557b128
 import math, random, socket, statistics, textwrap, threading, time
@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
 
 import numpy as np, torch
 from fastcore.basics import AttrDict
@@ -27,7 +26,6 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 
 import self_supervised.recipes # noqa: F401 (has all methods registered)
 from .basics import check_size
-from .cli_command import command
 from .data import list_images, open_image
 from .methods import ssl_methods
 from .pipelines import make_views
@@ -351,14 +349,13 @@ def _free_port(port):
     raise ValueError(f'--port {port} is taken: give another, or none for the first free one from 8501 on' if port else
                      'all ports from 8501 to 8599 are taken: give another with --port')
 
-@command
-def ssl_explore(
-    source:Annotated[str, {'opt':False, 'nargs':'?'}]=None, # image file, or folder of images, searched with all below it; default: examples
+def serve(
+    source:str=None, # image file, or folder of images, searched with all below it; default: examples
     size:int=256, # to load images at: pixels of a side
     port:int=None, # to listen at; default: the first free one from 8501 on
     browser:bool=True, # do not open the page in the web browser, only say its address
 ):
-    "A page on this machine that shows what the view parameters do to images"
+    "Serve the page on this machine, until Ctrl-C; the command is `ssl_explore`"
     _streamlit()
     check_size(size)
     path,port = Path(source or '').expanduser(),_free_port(port)

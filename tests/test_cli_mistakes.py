@@ -360,7 +360,7 @@ def test_paths_of_encoders(images, tmp_path, say, monkeypatch):
 
 @pytest.mark.parametrize('make,says', [
     (lambda f: f.write_bytes(b''), 'empty'), (lambda f: f.write_text('<html>'), 'web page'), (lambda f: torch.save(torch.nn.Linear(2, 2), f), 'Python objects'),
-    (lambda f: torch.save(dict(model=dict(a=torch.zeros(1)), opt={}), f), 'a model and its optimizer'), (lambda f: torch.save(dict(a=torch.zeros(1)), f), 'does not fit')], ids=str)
+    (lambda f: torch.save(dict(model=dict(a=torch.zeros(1)), opt={}), f), 'a model and its optimizer'), (lambda f: torch.save(dict(a=torch.zeros(1)), f), 'does not fit')], ids=lambda o: o if isinstance(o, str) else '')
 @pytest.mark.parametrize('suffix', ['.safetensors', '.pth', '.pkl', '.ckpt'])
 def test_files_that_are_no_encoders(make, says, suffix, tmp_path, say):
     f = tmp_path/f'x{suffix}'

@@ -11,7 +11,8 @@ from self_supervised.augmentations import get_batch_augs
 from self_supervised.methods import ssl_methods
 from self_supervised.pipelines import make_views
 from self_supervised.data import open_image
-from self_supervised.explore import (boxes_picture, crop_areas, example_images, read_image, seeded_views, ssl_explore, view_changes, view_kinds,
+from self_supervised.cli import ssl_explore
+from self_supervised.explore import (boxes_picture, crop_areas, example_images, read_image, seeded_views, view_changes, view_kinds,
                                      view_settings, views_call, views_picture, views_seconds)
 
 in_browser = pytest.mark.slow
@@ -267,7 +268,7 @@ def server(tmp_path_factory, browser): # noqa: F811
     home  = tmp_path_factory.mktemp('home')
     proxies = {o: f'http://127.0.0.1:{proxy.getsockname()[1]}' for o in ('http_proxy','https_proxy','HTTP_PROXY','HTTPS_PROXY')}
     with open(home/'log', 'w') as log:
-        p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', 'from self_supervised.explore import ssl_explore; ssl_explore()', '--no-browser', '--port', str(port)],
+        p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', 'from self_supervised.cli import ssl_explore; ssl_explore()', '--no-browser', '--port', str(port)],
                              stdout=log, stderr=log, cwd=home, env={**os.environ, **proxies, 'NO_PROXY':'', 'no_proxy':'', 'HOME':str(home), 'TMPDIR':str(home), 'OMP_NUM_THREADS':'1'})
     p.home,p.url,p.port,p.asked,p.log = home,f'http://127.0.0.1:{port}',port,asked,(home/'log').read_text
     try:

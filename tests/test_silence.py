@@ -220,3 +220,21 @@ def test_steps_alone_divide_bytes_only(dtype):
     for step in (RandomCropResize(4), RandomFlip(.5)):
         with pytest.raises(ValueError, match=r'values up to 300.*x.float\(\)/1023'): step(x, split_idx=0)
     assert RandomFlip(0.)(torch.ones(2,3,4,4, dtype=torch.bool), split_idx=0).unique().tolist()==[1.]
+
+# ---- an encoder that waits
+
+@each_method
+def test_the_encoder_waits(name):
+    "Weights and statistics of the encoder stay in the first epoch, while the rest learns; then it learns too"
+    from copy import deepcopy
+    from self_supervised.heads import FreezeEncoder
+    seen = []
+    class Look(Callback):
+        def before_fit(self): self.after_epoch()
+        def after_epoch(self): seen.append(deepcopy(self.model.state_dict()))
+    quiet(learner(name, cbs=[FreezeEncoder(1), Look()]), 2)
+    def moved(a, b, encoder): return [k for k in a if a[k].is_floating_point() and k.startswith('encoder.')==encoder and not torch.equal(a[k], b[k])]
+    assert moved(*seen[:2], True)==[] and moved(*seen[:2], False)
+    assert {'encoder.0.weight','encoder.1.running_mean'} <= set(moved(*seen[1:], True))
+    for bad in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=f'epochs={bad}'): FreezeEncoder(bad)
