@@ -69,10 +69,10 @@ def _check_n_in(n_in):
 
 @contextmanager
 def _fetching(arch, url, remedy):
-    "Weights of `arch` from `url`, or what to do where there is no network; `url` None: there is nothing to fetch"
+    "Weights of `arch` from `url()`, or what to do where there is no network; None: there is nothing to fetch"
     try: yield
     except OSError as e:
-        if url is None: raise
+        if (url := url()) is None: raise
         raise OSError(f'the ImageNet weights of {arch} (pretrained=True, the default) are not on this machine, and {url} could not be fetched '
                       f'({getattr(e, "reason", None) or e.__cause__ or e}): fetch the file where there is a network and {remedy}; or pass pretrained=False for random weights') from e
 
@@ -92,7 +92,7 @@ def create_fastai_encoder(
     if pretrained and arch in _xresnets.values() and arch is not xresnet.xresnet50:
         raise ValueError(f'pretrained=True: fastai has no weights for {arch.__name__}; pass pretrained=False, or take xresnet50 or a timm model')
     tv    = arch.__module__.startswith('torchvision')
-    url   = None if not pretrained else get_model_weights(arch).DEFAULT.url if tv else 'https://s3.amazonaws.com/fast-ai-modelzoo/xrn50_940.pth' if arch is xresnet.xresnet50 else None
+    def url(): return None if not pretrained else get_model_weights(arch).DEFAULT.url if tv else 'https://s3.amazonaws.com/fast-ai-modelzoo/xrn50_940.pth' if arch is xresnet.xresnet50 else None
     with _fetching(arch.__name__, url, f'put it into {torch.hub.get_dir()}/checkpoints'):
         model = arch(**(dict(weights='DEFAULT' if pretrained else None) if tv else dict(pretrained=pretrained)), **kwargs)
     body  = create_body(model, n_in, pretrained, model_meta.get(arch, {}).get('cut'))
@@ -135,7 +135,7 @@ def create_timm_encoder(
     cfg = timm.get_pretrained_cfg(arch) if pretrained and ':' not in arch and 'pretrained_cfg_overlay' not in kwargs else None
     if cfg and not cfg.has_weights: raise ValueError(f'pretrained=True: timm has no weights for {arch}; pass pretrained=False, or take another model')
     url = cfg and (f'https://huggingface.co/{cfg.hf_hub_id}/resolve/main/model.safetensors' if cfg.hf_hub_id else cfg.url)
-    with _fetching(arch, url, "pass its path, pretrained_cfg_overlay=dict(file=…)"):
+    with _fetching(arch, lambda: url, "pass its path, pretrained_cfg_overlay=dict(file=…)"):
         try: encoder = _timm_model(arch, global_pool=pool_type or None, **kwargs)
         except AssertionError as e:
             encoder = _timm_model(arch, **kwargs) # fails again if the pooling was not the reason
