@@ -212,7 +212,7 @@ def pages():
         if left: raise BuildError(f'{file}: {left[0]} would be left on the page')
         res[page] = md
     names = public_names(res)
-    def front(page, md): return f"---\nsearch: {{{'exclude: true' if page.startswith('results/') or page in ('changelog.md','contributing.md') else 'boost: 2' if ' .api}' in md else 'boost: 1'}}}\n---\n" # entries are found first
+    def front(page, md): return f"---\nsearch: {{{'exclude: true' if page.startswith('results/') or page in ('changelog.md','contributing.md','cli_log.md','main.md') else 'boost: 2' if ' .api}' in md else 'boost: 1'}}}\n---\n" # entries are found first
     res = {page: front(page, md) + linkify(md, names, page) for page,md in res.items()}
     for file,page in wanted.items():
         if page.startswith('source/'):

@@ -56,7 +56,7 @@ def words(s): return re.sub(r'[\s`]+', '', s)
 @pytest.mark.parametrize('module', [dotted(root, m) for m in modules(root)])
 def test_entries(site, module):
     "Each public function and class has an entry with its docstring, and each of its parameters, own, inherited or delegated, with its comment"
-    nm   = module.removeprefix('self_supervised.')
+    nm   = module.removeprefix('self_supervised.').strip('_')
     page = Text((site/f'{nm}.html').read_text(encoding='utf-8'))
     for k,o in public(module).items():
         said = words(page.parts[k.lower()])
