@@ -156,17 +156,19 @@ def labelled_dls(
     views:bool=False, # images to train on are random crops of the whole file, mirrored or not
     max_value:float=None, # value of white in files of more than 8 bits; None: looked at in a sample
     background:str='white', # colour behind transparent pixels
+    skip_bad:bool=False, # read all images beforehand, and leave out those that cannot be read, with a notice
 ): # `DataLoaders`, whose classes are the folders of the images to train on
     "DataLoaders of labelled images"
     from fastai.vision.all import Categorize, DataLoaders, Datasets, default_device
     from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedCrop
     from self_supervised.basics import warn_once
-    from self_supervised.image_files import common_depth, list_images
+    from self_supervised.image_files import common_depth, good_images, list_images
     from self_supervised.ranges import ImageDL
     roots = labelled_folders(data)
     found = [list_images(o) for o in roots]
     parts = [[f for f in fs if f.parent!=o] for fs,o in zip(found, roots)]
     if beside := sum(map(len, found))-sum(map(len, parts)): warn_once(f'{beside} images lie in {" or ".join(map(str, roots))} itself, beside the folders of the classes, and are left out')
+    if skip_bad: parts = [good_images(o, min(8, defaults.cpus), n_in=n_in, background=background, max_value=max_value) for o in parts]
     class_of = partial(_class_of, roots=roots)
     if len(roots)==1: parts = _split(parts[0], class_of, .2 if valid_pct is None else valid_pct)
     if not all(parts): raise ValueError(f'{data} has {len(parts[0])} labelled images to train on and {len(parts[1])} to judge on: there must be some of both')
@@ -204,6 +206,7 @@ class Judge:
         results:Path=None, # file for the answer; default: results.jsonl beside the encoder
         max_value:float=None, # value of white in files of more than 8 bits; default: as in pretraining, or looked at in a sample
         background:str=None, # colour behind transparent pixels; default: as in pretraining, or white
+        skip_bad:bool=False, # read all images beforehand, and leave out those that cannot be read
     ):
         roots = labelled_folders(data)
         if valid_pct is not None and roots[1:]: raise ValueError(f'--valid-pct {valid_pct}: the images to judge on are those in {roots[1]}; leave it out')
@@ -220,7 +223,7 @@ class Judge:
         said = json.loads((home/'settings.json').read_text()).get('data', {}) if (home/'settings.json').is_file() else {}
         self.bs = bs
         self.dls_args = dict(n_in=encoder_channels(self.encoder), bs=bs or 256, workers=workers, valid_pct=valid_pct,
-                             max_value=max_value or said.get('max_value'), background=background or said.get('background') or 'white')
+                             max_value=max_value or said.get('max_value'), background=background or said.get('background') or 'white', skip_bad=skip_bad)
 
     def dls(self,
         **kwargs # to `labelled_dls`

@@ -168,3 +168,13 @@ def test_white_is_that_of_the_run(tmp_path, monkeypatch):
     cli.ssl_knn('run', 'images', k=2)
     cli.ssl_knn('run', 'images', k=2, max_value=4095.)
     assert asked==[16383,4095]
+
+def test_a_damaged_image_is_left_out(tmp_path, encoder, capsys, monkeypatch):
+    "The remedy that is named is a flag of this command, and works"
+    monkeypatch.setattr('sys.argv', ['ssl_knn'])
+    for i in range(12): save(tmp_path/'ab'[i%2]/f'{i}.png', flat(i*20))
+    (tmp_path/'a'/'bad.png').write_bytes((tmp_path/'a'/'0.png').read_bytes()[:40])
+    ask = dict(size=[12], resize=[12], k=2, workers=0, results=tmp_path/'results.jsonl')
+    with pytest.raises(ValueError, match='bad.png'): cli.ssl_knn(str(encoder), str(tmp_path), **ask)
+    with pytest.warns(UserWarning, match='skipped 1 of 13 files.*bad.png'): r = cli.ssl_knn(str(encoder), str(tmp_path), skip_bad=True, **ask)
+    assert r.settings['train']+r.settings['test']==12
