@@ -314,7 +314,9 @@ def before_validate(self:SSLCallback):
     self._read(True)
 
 @patch
-def after_validate(self:SSLCallback): self._read(False)
+def after_validate(self:SSLCallback):
+    "The next epoch of this loader is for everybody"
+    self._read(False)
 
 # %% ../nbs/04_core.ipynb #001086cb
 @patch
