@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PoolingType', 'create_fastai_encoder', 'create_timm_encoder', 'resnet50w2', 'resnet50w4', 'resnet50w5',
            'weights_loader', 'create_encoder', 'encoder_channels', 'encoder_dim', 'create_mlp_module',
-           'create_cls_module', 'create_model', 'model_splitter', 'CheckpointSequential', 'checkpoint_encoder',
-           'CheckpointResNet', 'CheckpointEfficientNet', 'CheckpointVisionTransformer']
+           'create_cls_module', 'create_model', 'model_splitter', 'FreezeEncoder', 'CheckpointSequential',
+           'checkpoint_encoder', 'CheckpointResNet', 'CheckpointEfficientNet', 'CheckpointVisionTransformer']
 
 # %% ../nbs/23_layers.ipynb #f3b1f528
 from .encoders import *
@@ -15,5 +15,5 @@ from .grad_checkpoint import *
 
 # %% ../nbs/23_layers.ipynb #36660c64
 _all_ = ['PoolingType', 'create_fastai_encoder', 'create_timm_encoder', 'resnet50w2', 'resnet50w4', 'resnet50w5', 'weights_loader', 'create_encoder', 'encoder_channels', 'encoder_dim',
-         'create_mlp_module', 'create_cls_module', 'create_model', 'model_splitter',
+         'create_mlp_module', 'create_cls_module', 'create_model', 'model_splitter', 'FreezeEncoder',
          'CheckpointSequential', 'checkpoint_encoder', 'CheckpointResNet', 'CheckpointEfficientNet', 'CheckpointVisionTransformer']
