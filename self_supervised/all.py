@@ -9,6 +9,7 @@ from self_supervised import vision as _vision
 from self_supervised.dist import *
 from self_supervised.methods import *
 from self_supervised.basics import *
+from self_supervised.packed import *
 from self_supervised.ranges import *
 from self_supervised.batches import *
 from self_supervised.fit_checks import *
@@ -16,6 +17,7 @@ from self_supervised.pipelines import *
 from self_supervised.core import *
 from self_supervised.watcher import *
 # images → views → scores → targets
+from self_supervised.whole_images import *
 from self_supervised.data import *
 from self_supervised.augmentations import *
 from self_supervised.layers import *

@@ -16,6 +16,7 @@ from fastai.data.transforms import Normalize
 from fastai.distributed import DistributedDL
 
 from .basics import warn_once
+from .packed import PackedImages
 
 # %% ../nbs/03_batches.ipynb #75597c31
 _image_keys,_label_keys = ('image', 'images', 'img', 'pixel_values', 'x'),('label', 'labels', 'target', 'y')
@@ -76,6 +77,7 @@ def unnormalized(
     dl, # any loader, also dealt out to processes
 ) -> Tensor: # the same before fastai's `Normalize`, if `dl` has it
     "Undo the `Normalize` of a loader"
+    if isinstance(x, PackedImages): return x # fastai normalises tensors of one size only
     dl = dl.dl if isinstance(dl, DistributedDL) else dl
     steps = [f for f in getattr(getattr(dl, 'after_batch', None), 'fs', ()) if isinstance(f, Normalize)]
     if not steps: return x

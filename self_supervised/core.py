@@ -28,6 +28,7 @@ from .batches import images_labels, inputs_labels, unnormalized
 from .dist import unwrapped
 from .fit_checks import check_callbacks, check_loaders
 from .methods import method_of
+from .packed import PackedImages, plain
 from .pipelines import assert_aug_pipelines, make_views, show_views
 from .ranges import check_range, raw_batches, set_raw, usable_images
 
@@ -140,7 +141,7 @@ def before_batch(self:SSLCallback):
     self._check_finite()
     x,first_batch = self.xb[0],(self.train_iter if self.training else getattr(self.learn, 'iter', 0))==0
     if first_batch: self._check_batch(check_range(x))
-    x = usable_images(x).as_subclass(Tensor)
+    x = usable_images(plain(x))
     self._move()
     self.views = make_views(self.aug_pipelines, x)
     if first_batch and self.training: self._check_views(x)
@@ -167,10 +168,11 @@ def _of_library(f): return (getattr(f.func if isinstance(f, partial) else f, '__
 @patch
 def _check_views(self:SSLCallback, x):
     "Views that have more pixels than the images they are cut from are blown up, all of them"
-    small,sizes = tuple(x.shape[2:]),sorted({tuple(o.shape[2:]) for o in self.views if isinstance(o, Tensor) and o.ndim==4})
+    own,sizes = isinstance(x, PackedImages),sorted({tuple(o.shape[2:]) for o in self.views if isinstance(o, Tensor) and o.ndim==4})
+    small = tuple(x.sizes.median(0).values.tolist()) if own else tuple(x.shape[2:])
     if over := [o for o in sizes if o[0]>small[0] or o[1]>small[1]]: warn_once(
-        f'the images have {small[0]}×{small[1]} pixels and views {over[-1][0]}×{over[-1][1]}: even a crop of the whole image is blown up, and nothing is gained by it. '
-        f'Load larger images, size={8*max(over[-1])//7} or more, or make smaller views')
+        f'the images have {"about " if own else ""}{small[0]}×{small[1]} pixels and views {over[-1][0]}×{over[-1][1]}: even a crop of the whole image is blown up, and nothing is gained by it. '
+        f'Load larger images, {"short_side" if own else "size"}={(16 if own else 8)*max(over[-1])//7} or more, or make smaller views')
 
 def _check_input(conv, c):
     "Wait for the next input of `conv`: something in front of it may turn `c` channels into what it takes"
@@ -327,7 +329,7 @@ def show(self:SSLCallback,
     "Draw all views of `n` images of the current batch (of a new one, if there is none)"
     if not (views := self.views):
         with raw_batches(self.dls.train) as dl: b = dl.one_batch() if hasattr(dl, 'one_batch') else first(dl)
-        views = make_views(self.aug_pipelines, check_range(unnormalized(images_labels(b)[0], dl)).as_subclass(Tensor))
+        views = make_views(self.aug_pipelines, plain(check_range(unnormalized(images_labels(b)[0], dl))))
     return show_views(self.aug_pipelines, views, n, **kwargs)
 
 # %% ../nbs/04_core.ipynb #2a1df4dd

@@ -28,6 +28,7 @@ from torch import Tensor
 from .basics import check_size, warn_once
 from .image_files import check_color, check_files, common_depth, good_images, list_images, open_image
 from .ranges import ImageDL, usable_images
+from .whole_images import WholeImageDL
 
 warnings.filterwarnings('ignore', 'Your generator is empty', module='fastprogress') # an empty validation loader is legal here
 
@@ -236,7 +237,7 @@ def _vocab(labels, parts, drawn):
 def image_dls(
     source:str|Path|list, # a folder, searched with all below it, or a list of image files
     label_func:callable=None, # file (a `Path`) -> its class, such as fastai's `parent_label`; None: no labels
-    size:int|tuple=None, # pixels: a side, or (h,w); best a little above the largest crop of the views (256 for crops of 224). None: 128, or with `item_tfms` the whole picture
+    size:int|tuple=None, # pixels: a side, or (h,w), of squares and boxes cut out of the middle; best a little above what a model sees (256 for 224). None: the whole image
     bs:int=64, # batch size
     valid_pct:float=0., # share of the images, drawn at random, that is kept for validation
     n_in:int=3, # channels: 3 for colour, 1 for grey, others for the bands of TIFF files
@@ -253,8 +254,10 @@ def image_dls(
     shuffle:bool=True, # a new order of the training images in every epoch
     background:str|tuple='white', # colour behind transparent pixels
     max_value:float=None, # value of white in files of more than 8 bits; None: looked at in a sample, with a notice if there are any
+    short_side:int=512, # pixels: whole images are shrunk to this shorter side, 16/7 of the largest crop of the views (512 for 224); None: they are not
+    max_aspect:float=3., # longer side/shorter side: of longer whole images a random window is taken in each epoch
     **kwargs, # to `Datasets.dataloaders`, such as `val_bs`, `after_batch`, `pin_memory` (default: if batches go to a GPU); names that it does not know are refused
-) -> DataLoaders: # batches (x,) or (x,y), x float (B,n_in,h,w) in [0,1], or uint8 for a method
+) -> DataLoaders: # batches (x,) or (x,y), x `PackedImages`; with `size` float (B,n_in,h,w) in [0,1], or uint8 for a method
     "DataLoaders over image files, with labels or without"
     _check_keywords(image_dls, kwargs, _of_dl|{'path','val_shuffle',*(f'val_{o}' for o in _of_dl)}, labels='label_func gives the label of a file')
     bs = kwargs.pop('batch_size', bs)
@@ -262,8 +265,12 @@ def image_dls(
     if (valid_pct>0)+(valid is not None)+(splitter is not None)>1: raise ValueError('valid_pct, valid and splitter each say which images are for validation: pass one of them')
     if groups and not valid_pct and valid is None and splitter is None: raise ValueError('groups says what must not be torn apart, and nothing is kept for validation: pass valid_pct, valid or splitter')
     if item_tfms is not None and max_value is not None: raise ValueError('item_tfms work on pictures of 8 bits, without max_value: use batch_tfms')
-    if size is None and item_tfms is None: size = 128
-    how = dict(size=None if size is None else check_size(size), n_in=n_in, background=check_color(background))
+    whole = size is None and item_tfms is None
+    if whole and (batch_tfms is not None or kwargs.get('after_batch')): raise ValueError(
+        'batch_tfms and after_batch work on images of one size, and these keep their own: pass size, such as size=256')
+    if short_side is not None: short_side = check_size(short_side)[0]
+    if not max_aspect>=1: raise ValueError(f'max_aspect={max_aspect} is longer side/shorter side: 1 (squares) or more')
+    how = dict(size=None if size is None else check_size(size), n_in=n_in, background=check_color(background), short_side=short_side if whole else None)
     fns,val_fns = list_images(source),[] if valid is None else list_images(valid)
     if num_workers is None: num_workers = 0 if len(fns)<500 else min(8, defaults.cpus)
     if skip_bad:
@@ -279,7 +286,8 @@ def image_dls(
     if item_tfms is not None: kwargs['after_item'] = _steps(item_tfms, ToTensor, kwargs.get('after_item'))
     kwargs['after_batch'] = _steps(batch_tfms, kwargs.get('after_batch'))
     kwargs.setdefault('pin_memory', torch.device(default_device() if device is None else device).type=='cuda')
-    dls = Datasets(L(fns), tfms, splits=parts, dl_type=ImageDL).dataloaders(
+    if whole: kwargs['max_aspect'] = max_aspect
+    dls = Datasets(L(fns), tfms, splits=parts, dl_type=WholeImageDL if whole else ImageDL).dataloaders(
         bs=bs, num_workers=num_workers, device=device, drop_last=drop_last, shuffle=shuffle, **kwargs)
     if seed is not None: dls.train.rng = random.Random(seed)
     if label_func is None:

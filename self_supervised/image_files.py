@@ -249,9 +249,14 @@ def check_color(
     if len(rgb)!=3 or not all(0<=o<=255 for o in rgb): raise ValueError(f"background={background!r} must be a colour: a name such as 'white', '#rrggbb', or three numbers from 0 to 255")
     return rgb
 
-def _fit(im, size):
-    "The largest centred box of the shape of `size`, resized; `im` itself for None"
-    if size is None: return im
+def _shrunk(size, short_side):
+    "(w,h) with a shorter side of `short_side` at most"
+    s = min(1, (short_side or math.inf)/min(size))
+    return tuple(max(1, round(o*s)) for o in size)
+
+def _fit(im, size, short_side):
+    "The largest centred box of the shape of `size`, resized; or all of `im`, no larger than `short_side` says"
+    if size is None: return im if _shrunk(im.size, short_side)==im.size else im.resize(_shrunk(im.size, short_side), Image.Resampling.BILINEAR)
     h,w = size
     s = min(im.width/w, im.height/h)
     bw,bh = max(1, round(w*s)),max(1, round(h*s))
@@ -269,20 +274,24 @@ def open_image(
     background:str|tuple='white', # colour behind transparent pixels
     max_value:float=None, # value of white where there are more than 8 bits a channel; None: guessed from this file alone
     dtype:torch.dtype=None, # torch.uint8 refuses files of more than 8 bits, torch.float32 makes floats of all; None: as the file is
+    short_side:int=None, # pixels: a whole image (`size=None`) is shrunk to this shorter side; None: it is not
 ) -> TensorImage: # (n_in,h,w), uint8, or float32 in [0,1]
-    "Decode `fn`, cut the largest centred box of the shape of `size` and resize it"
+    "Decode `fn` and cut the largest centred box of the shape of `size` and resize it, or shrink the whole image"
     size,background = None if size is None else check_size(size),check_color(background)
     try:
         with nullcontext(fn) if hasattr(fn, 'read') else open(fn, 'rb') as f:
             im = _read(f, n_in)
             if isinstance(im, Image.Image):
                 if size: im.draft(None, (2*max(size),)*2)
+                elif short_side: im.draft(None, _shrunk(im.size, short_side))
                 ImageOps.exif_transpose(im, in_place=True)
                 if im.has_transparency_data: im = Image.alpha_composite(Image.new('RGBA', im.size, background), im.convert('RGBA'))
                 im = im.convert('L' if n_in==1 else 'RGB')
     except ImportError: raise
     except Exception as e: raise _refusal(fn, e) from e # a decoder raises nearly anything for a damaged file
-    if isinstance(im, Image.Image): x = np.array(_fit(im, size)).reshape(*(size or im.size[::-1]), n_in)
+    if isinstance(im, Image.Image):
+        im = _fit(im, size, short_side)
+        x  = np.array(im).reshape(*im.size[::-1], n_in)
     else:
         a,alpha,turn = im
         try:
@@ -291,8 +300,9 @@ def open_image(
             x = _flat(_unit(a, max_value if deep else 255), alpha, n_in, background)
             if not deep: x = (x*255).round().astype(np.uint8)
         except ValueError as e: raise ImageFileError(f'{fn}: {e}') from e
-        x = np.stack([np.asarray(_fit(_turned(Image.fromarray(np.ascontiguousarray(o)), turn), size)) for o in np.moveaxis(x, 2, 0)], 2)
-    x = torch.from_numpy(x).permute(2,0,1).contiguous()
+        x = np.stack([np.asarray(_fit(_turned(Image.fromarray(np.ascontiguousarray(o)), turn), size, short_side)) for o in np.moveaxis(x, 2, 0)], 2)
+    x = torch.from_numpy(x).permute(2,0,1)
+    if size: x = x.contiguous() # whole images stay channels last, as they are packed
     if dtype==torch.float32 and x.dtype==torch.uint8: x = x.float()/255
     return x.as_subclass(TensorImageBW if n_in==1 else TensorImage)
 

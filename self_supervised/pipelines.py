@@ -15,6 +15,7 @@ from fastcore.xtras import is_listy
 from fasttransform import Pipeline
 from fastai.torch_core import show_image, subplots
 
+from .packed import PackedImages
 from .ranges import check_range, usable_images
 
 # %% ../nbs/03_pipelines.ipynb #7375fd9a
@@ -48,11 +49,11 @@ def check_view_ids(
 # %% ../nbs/03_pipelines.ipynb #9e561175
 def make_views(
     aug_pipelines:list, # view pipelines, one a view
-    x:Tensor, # (B,C,H,W) images, uint8 or float in [0,1]
+    x:Tensor, # (B,C,H,W) images, uint8 or float in [0,1]; or `PackedImages`
 ) -> list: # one batch of views a pipeline, (B,C,h,w)
     "All views of a batch; neighbours that share their steps, as those of `get_multi_aug_pipelines` do, make theirs together if they have a method `views`"
     x = check_range(x, notices=False) if x.is_cpu else usable_images(x) # to read values back stalls a GPU
-    x,res = x.contiguous(memory_format=torch.channels_last),[]
+    x,res = x if isinstance(x, PackedImages) else x.contiguous(memory_format=torch.channels_last),[]
     for _,same in itertools.groupby(assert_aug_pipelines(aug_pipelines), key=lambda o: [id(f) for f in o.fs]):
         p,*more = same
         res += p.views(x, 1+len(more)) if hasattr(type(p), 'views') else [o(x) for o in (p,*more)]

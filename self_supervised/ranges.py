@@ -17,6 +17,7 @@ from fastai.distributed import DistributedDL
 from fastai.torch_core import TensorImage
 
 from .basics import warn_once
+from .packed import PackedImages
 
 # %% ../nbs/02_ranges.ipynb #ebe1060d
 def _largest(x):
@@ -25,10 +26,11 @@ def _largest(x):
     return hi,next(2**b-1 for b in (8,10,12,14,16,32,64) if hi<2**b)
 
 def usable_images(
-    x:Tensor, # (B,C,H,W) images of any type
+    x:Tensor, # (B,C,H,W) images of any type, or `PackedImages`
     what:str='the images', # what to call them in an error
 ) -> Tensor: # the same, uint8 or float32 or wider
     "`x`, if its type is one that views are made of; what loses nothing by it is turned into float32"
+    if isinstance(x, PackedImages): return x if x.dtype==torch.uint8 else x.with_pixels(usable_images(x.pixels[None,None,None], what).flatten())
     if not isinstance(x, Tensor) or x.ndim!=4: raise ValueError(
         f'{what} must have the shape (B,C,H,W), and are {tuple(getattr(x, "shape", ())) or type(x).__name__}: '
         'check the transforms of the DataLoaders (ToTensor makes tensors of PIL images); x[:,None] adds a channel')
@@ -51,13 +53,16 @@ def _kind(lo, hi):
     return 'numbers of a sensor, some below 0', 'choose the range that matters and bring it to [0,1]: ((x-low)/(high-low)).clamp(0,1)'
 
 def check_range(
-    x:Tensor, # (B,C,H,W) images of any type
+    x:Tensor, # (B,C,H,W) images of any type, or `PackedImages`
     what:str='the images', # what to call them in an error
     notices:bool=True, # say what is only doubtful, too: for a first batch
 ) -> Tensor: # the same, uint8, or float32 or wider
     "`x`, if it holds numbers that views are made of; reads two of them back"
     x = usable_images(x, what)
     if not x.is_floating_point() or not x.numel(): return x
+    if isinstance(x, PackedImages):
+        check_range(x.pixels[None,None,None], what, notices)
+        return x
     lo,hi = (o.item() for o in x.aminmax())
     if not isfinite(lo+hi): raise ValueError(f'{what} hold NaN or infinite values: mend or drop those files, or keep images uint8 until the views are made')
     if 0<=lo and hi<=1 and not 0<hi<.1: return x

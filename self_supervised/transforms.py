@@ -14,6 +14,7 @@ from torch import Tensor
 from fasttransform import DisplayedTransform
 
 from .basics import check_size, warn_once
+from .packed import PackedImages
 from .pixels import apply_where, color_jitter, crop_resize, gaussian_blur, rand_boxes, rotate, to_gray, unit_float
 
 # %% ../nbs/12_transforms.ipynb #f7805d11
@@ -76,14 +77,15 @@ class RandomCropResize(DisplayedTransform):
         self.size,self.scale,self.ratio,self.same_on_batch = check_size(size),tuple(scale),tuple(ratio),same_on_batch
 
     def params(self,
-        shape:tuple, # of the images, (n,C,H,W)
-        device:torch.device=None, # to draw on
+        shape:tuple, # of the images, (n,C,H,W), with (n,) heights and widths if they have their own
+        device:torch.device=None, # to draw on; boxes of images of their own sizes are drawn on the CPU
     ) -> Tensor: # (n,4), see `rand_boxes`
         "A box for each image"
         n,_,h,w = shape
         return rand_boxes(n, h, w, self.scale, self.ratio, self.same_on_batch, device)
 
     def encodes(self, x:Tensor): return crop_resize(x, self.params(x.shape, x.device), self.size)
+    def encodes(self, x:PackedImages) -> None: return crop_resize(x, self.params(x.shape), self.size) # None: fastai does not make `PackedImages` of the crops
 
 class RandomFlip(BatchTransform):
     "Mirror left and right"

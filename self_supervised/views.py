@@ -15,6 +15,7 @@ from fastcore.basics import AttrDict
 from fasttransform import Pipeline, compose_tfms
 from fastai.torch_core import TensorBase
 
+from .packed import PackedImages, plain
 from .pipelines import assert_aug_pipelines, check_view_ids, make_views, show_views
 from .pixels import apply_where, crops_at_once, crops_one_by_one, full_precision, one_by_one
 from .pixels import gaussian_kernel, jitter_weights, mix_colors, to_gray
@@ -27,8 +28,9 @@ _all_ = ['assert_aug_pipelines', 'check_view_ids', 'make_views', 'show_views']
 # %% ../nbs/13_views.ipynb #ca33d4d9
 def _draw(x, n, s):
     "What is random in `n` views of images `x`, through steps `s`: boxes, for every step which views it is for and its parameters, and the weights of colours"
-    shape,c,device = (n,*x.shape[1:]),x.shape[1],x.device
-    d = AttrDict(boxes=s.crop.params(shape, device)) # (n,4)
+    own,c,device = isinstance(x, PackedImages),x.shape[1],x.device
+    shape = (n, c, *(o.repeat(n//len(x)) if own else o for o in x.shape[2:]))
+    d = AttrDict(boxes=s.crop.params(shape, None if own else device)) # (n,4)
     for k in ('flip','rotate','jitter','gray','blur'): # (n,) bool, (n,…) …
         d[k] = (s[k].mask(n, device), *s[k].params(shape, device)) if s[k] else (torch.zeros(n, dtype=torch.bool, device=device),)
     d.weights = torch.eye(c, device=device).repeat(1, 2).expand(n,c,2*c) # D and M side by side, as in `jitter_weights`
@@ -42,7 +44,9 @@ def _views_at_once(x, n_views, s):
     "`n_views` views of each image, by operations on all of them: no loop over images, no value read back"
     d = _draw(x, n_views*len(x), s) # n = n_views·B: view v of image i is number v·B+i
     def _step(k, v): return apply_where(v, d[k][0], s[k].apply, *d[k][1:]) if s[k] else v
-    v = crops_at_once(x.repeat(n_views,1,1,1), d.boxes, s.crop.size, d.flip[0]).float() # (n,C,h,w)
+    if isinstance(x, PackedImages): v = crops_at_once(x, d.boxes, s.crop.size, d.flip[0], torch.arange(len(x)).repeat(n_views))
+    else: v = crops_at_once(x.repeat(n_views,1,1,1), d.boxes, s.crop.size, d.flip[0])
+    v = v.float()                                                                       # (n,C,h,w)
     v = _step('rotate', v)
     mean = v.mean((2,3))[...,None]                                                      # (n,C,1), of the sharp image
     v = mix_colors(_step('blur', v), d.weights, mean).clamp_(0, 1)
@@ -130,12 +134,12 @@ class ViewPipeline(Pipeline):
     def __call__(self, x:Tensor): return self.views(x, 1)[0]
 
     def views(self,
-        x:Tensor, # (B,C,H,W) images, uint8 or float in [0,1]
+        x:Tensor, # (B,C,H,W) images, uint8 or float in [0,1]; or `PackedImages`
         n:int, # views of each
     ) -> list: # n tensors (B,C,h,w), of the class of `x`
         "Several views at once, which is faster for small ones"
         if x.ndim!=4: raise ValueError(f'the images have shape {tuple(x.shape)}, they must be a batch (B,C,H,W): one image x is the batch x[None]')
-        kind,x = type(x) if isinstance(x, TensorBase) else Tensor, usable_images(x.as_subclass(Tensor)) # a subclass would take its time in every operation
+        kind,x = type(x) if isinstance(x, TensorBase) else Tensor, usable_images(plain(x)) # a subclass would take its time in every operation
         s,rest = AttrDict.fromkeys(_fused),list(self.fs)
         for nm,t in _fused.items():
             if rest and type(rest[0]) is t and not getattr(rest[0], 'exact_hue', False): s[nm] = rest.pop(0)
