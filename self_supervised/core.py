@@ -28,7 +28,7 @@ from .batches import images_labels, inputs_labels, unnormalized
 from .dist import unwrapped
 from .fit_checks import check_callbacks, check_loaders
 from .methods import method_of
-from .packed import PackedImages, plain
+from .packed import PackedImages
 from .pipelines import assert_aug_pipelines, make_views, show_views
 from .ranges import check_range, raw_batches, set_raw, usable_images
 
@@ -141,7 +141,7 @@ def before_batch(self:SSLCallback):
     self._check_finite()
     x,first_batch = self.xb[0],(self.train_iter if self.training else getattr(self.learn, 'iter', 0))==0
     if first_batch: self._check_batch(check_range(x))
-    x = usable_images(plain(x))
+    x = usable_images(x).as_subclass(Tensor)
     self._move()
     self.views = make_views(self.aug_pipelines, x)
     if first_batch and self.training: self._check_views(x)
@@ -329,7 +329,7 @@ def show(self:SSLCallback,
     "Draw all views of `n` images of the current batch (of a new one, if there is none)"
     if not (views := self.views):
         with raw_batches(self.dls.train) as dl: b = dl.one_batch() if hasattr(dl, 'one_batch') else first(dl)
-        views = make_views(self.aug_pipelines, plain(check_range(unnormalized(images_labels(b)[0], dl))))
+        views = make_views(self.aug_pipelines, check_range(unnormalized(images_labels(b)[0], dl)).as_subclass(Tensor))
     return show_views(self.aug_pipelines, views, n, **kwargs)
 
 # %% ../nbs/04_core.ipynb #2a1df4dd

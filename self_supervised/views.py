@@ -15,7 +15,7 @@ from fastcore.basics import AttrDict
 from fasttransform import Pipeline, compose_tfms
 from fastai.torch_core import TensorBase
 
-from .packed import PackedImages, plain
+from .packed import PackedImages
 from .pipelines import assert_aug_pipelines, check_view_ids, make_views, show_views
 from .pixels import apply_where, crops_at_once, crops_one_by_one, full_precision, one_by_one
 from .pixels import gaussian_kernel, jitter_weights, mix_colors, to_gray
@@ -139,7 +139,7 @@ class ViewPipeline(Pipeline):
     ) -> list: # n tensors (B,C,h,w), of the class of `x`
         "Several views at once, which is faster for small ones"
         if x.ndim!=4: raise ValueError(f'the images have shape {tuple(x.shape)}, they must be a batch (B,C,H,W): one image x is the batch x[None]')
-        kind,x = type(x) if isinstance(x, TensorBase) else Tensor, usable_images(plain(x)) # a subclass would take its time in every operation
+        kind,x = type(x) if isinstance(x, TensorBase) else Tensor, usable_images(x.as_subclass(Tensor)) # a subclass would take its time in every operation
         s,rest = AttrDict.fromkeys(_fused),list(self.fs)
         for nm,t in _fused.items():
             if rest and type(rest[0]) is t and not getattr(rest[0], 'exact_hue', False): s[nm] = rest.pop(0)

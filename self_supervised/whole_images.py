@@ -10,8 +10,6 @@ from copy import copy
 from random import Random
 
 from fastai.data.core import show_batch
-from fastai.torch_core import TensorImage
-from fastcore.foundation import L
 from torch import Tensor
 
 from .packed import PackedImages, packed_batch
@@ -56,6 +54,5 @@ class WholeImageDL(ImageDL):
 
 # %% ../nbs/09_whole_images.ipynb #cd6832b1
 def _show_packed(x:PackedImages, y, samples, ctxs=None, max_n=10, **kwargs):
-    samples = L((TensorImage(o), *more) for o,*more in samples)
     return show_batch(samples[0][0], y, samples, ctxs=ctxs, max_n=max_n, **kwargs)
 show_batch.dispatch(_show_packed)
