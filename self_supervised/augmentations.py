@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['get_batch_augs', 'get_torchvision_batch_augs', 'get_kornia_batch_augs', 'get_fastai_batch_augs',
-           'get_multi_aug_pipelines', 'crop_kinds', 'unit_float', 'crop_resize', 'color_jitter', 'gaussian_blur',
-           'rotate', 'rand_boxes', 'BatchTransform', 'RandomCropResize', 'RandomFlip', 'RandomRotate', 'RandomJitter',
-           'RandomGray', 'RandomGaussianBlur', 'NormalizeView', 'ViewPipeline', 'ApplyTo', 'assert_aug_pipelines',
-           'show_views']
+           'get_multi_aug_pipelines', 'get_asymmetric_aug_pipelines', 'crop_kinds', 'unit_float', 'crop_resize',
+           'color_jitter', 'gaussian_blur', 'rotate', 'rand_boxes', 'BatchTransform', 'RandomCropResize', 'RandomFlip',
+           'RandomRotate', 'RandomJitter', 'RandomGray', 'RandomGaussianBlur', 'RandomSolarize', 'NormalizeView',
+           'ViewPipeline', 'ApplyTo', 'assert_aug_pipelines', 'show_views']
 
 # %% ../nbs/15_augmentations.ipynb #5ce552e7
 import inspect
@@ -27,7 +27,7 @@ from .backends import *
 
 # %% ../nbs/15_augmentations.ipynb #c09d2650
 _all_ = ['unit_float', 'crop_resize', 'color_jitter', 'gaussian_blur', 'rotate', 'rand_boxes', 'BatchTransform', 'RandomCropResize',
-         'RandomFlip', 'RandomRotate', 'RandomJitter', 'RandomGray', 'RandomGaussianBlur', 'NormalizeView', 'ViewPipeline', 'ApplyTo',
+         'RandomFlip', 'RandomRotate', 'RandomJitter', 'RandomGray', 'RandomGaussianBlur', 'RandomSolarize', 'NormalizeView', 'ViewPipeline', 'ApplyTo',
          'assert_aug_pipelines', 'show_views']
 
 # %% ../nbs/15_augmentations.ipynb #d9bca9ba
@@ -56,14 +56,18 @@ def get_batch_augs(
     cuda:bool=False, # keep `stats` on the GPU from the start
     xtra_tfms:list=(), # more transforms, before normalisation unless their `order` is over 99
     exact_hue:bool=False, # hue and clamping as torchvision's, and slower; False: all colour operations as one matrix
+    saturation:float=1., # change of the saturation as a part of that of brightness (0.5 in BYOL and DINO)
+    solarize:bool=False, # invert what is bright
+    solarize_p:float=0.2, # probability of that (BYOL, appendix B, in one of two views)
 ) -> Pipeline: # images (B,C,H,W), uint8 or float in [0,1] → view (B,C,h,w)
     "The default view pipeline: this library's own batched transforms"
     kw = dict(same_on_batch=same_on_batch)
     tfms = [RandomCropResize(size, resize_scale, resize_ratio, **kw), RandomFlip(flip_p, **kw)]
     if rotate: tfms.append(RandomRotate(rotate_deg, p=rotate_p, **kw))
-    if jitter: tfms.append(RandomJitter(jitter_s, exact_hue, p=jitter_p, **kw))
+    if jitter: tfms.append(RandomJitter(jitter_s, exact_hue, saturation, p=jitter_p, **kw))
     if bw:     tfms.append(RandomGray(bw_p, **kw))
     if blur:   tfms.append(RandomGaussianBlur(blur_p, blur_s, **kw))
+    if solarize: tfms.append(RandomSolarize(solarize_p, **kw))
     return _pipeline(tfms, stats, cuda, xtra_tfms)
 
 # %% ../nbs/15_augmentations.ipynb #c92e8259
@@ -102,7 +106,7 @@ def get_kornia_batch_augs(
     size:int|tuple, # of the view: pixels of the side, or (h,w)
     **kwargs # as in `get_batch_augs`
 ) -> Pipeline: # images → view
-    "The same views through kornia; its crops are not antialiased"
+    "The same views through kornia; its crops are not antialiased (images of their own sizes are cut by ours, which are)"
     a = _augs_args(size, kwargs)
     return _pipeline(kornia_steps(a), a.stats, a.cuda, a.xtra_tfms)
 
@@ -131,6 +135,23 @@ def get_multi_aug_pipelines(
     if n<0: raise ValueError(f'n={n} views: give 0 or more')
     first = get_batch_augs(size, **kwargs)
     return [ViewPipeline(first.fs, split_idx=0) for _ in range(n)]
+
+@delegates(get_batch_augs, but=['size', 'resize_scale', 'blur_p', 'solarize_p', 'jitter_s', 'saturation', 'blur', 'solarize'])
+def get_asymmetric_aug_pipelines(
+    size:int|tuple, # of both views: pixels of the side, or (h,w)
+    resize_scale:tuple=(0.08,1.), # area of a crop as a part of the image's, from and to
+    jitter_s:float=0.5, # strength of the jitter (BYOL, appendix B: 0.4 for brightness and contrast, 0.1 for hue)
+    saturation:float=0.5, # change of the saturation as a part of that of brightness (the same: 0.2)
+    blur:bool=True, # Gaussian blur
+    blur_ps:tuple=(1.,0.1), # probability of blur in each view (the same)
+    solarize:bool=True, # invert what is bright
+    solarize_ps:tuple=(0.,0.2), # probability of solarisation in each view (the same)
+    **kwargs # as in `get_batch_augs`
+) -> list: # as many view pipelines as there are probabilities, two
+    "Views of different kinds: one always blurred, the other seldom, and solarised at times (BYOL; DINO and MoCo v3 took them over)"
+    if len(blur_ps)!=len(solarize_ps): raise ValueError(f'blur_ps={blur_ps} and solarize_ps={solarize_ps}: give one probability a view in both')
+    return [get_batch_augs(size, resize_scale=resize_scale, jitter_s=jitter_s, saturation=saturation, blur=blur and b>0, blur_p=b, solarize=solarize and s>0, solarize_p=s, **kwargs)
+            for b,s in zip(blur_ps, solarize_ps)]
 
 def crop_kinds(
     *names:str, # arguments that hold a value for each kind of crop, first the one that says how many kinds there are

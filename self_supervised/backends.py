@@ -11,8 +11,9 @@ from torch import Tensor
 from fasttransform import DisplayedTransform, Pipeline
 from fastai.torch_core import TensorImage
 
+from .packed import PackedImages, pack_images
 from .pixels import unit_float
-from .transforms import BatchTransform, RandomGaussianBlur, RandomGray, has_rgb
+from .transforms import BatchTransform, RandomCropResize, RandomGaussianBlur, RandomGray, RandomSolarize, has_rgb
 
 # %% ../nbs/14_backends.ipynb #93c35edc
 class ApplyTo(DisplayedTransform):
@@ -21,9 +22,10 @@ class ApplyTo(DisplayedTransform):
         f:callable, # float images → images; a fastai `Pipeline` is called with a `TensorImage`
         per_image:bool=False, # call `f` on each image (C,H,W), for functions that draw once a call
         needs_rgb:bool=False, # leave images without three channels as they are
+        packed:callable=None, # takes the place of `f` for `PackedImages`; None: `f`, if it is called on each image
     ):
         super().__init__()
-        self.f,self.per_image,self.needs_rgb = f,per_image,needs_rgb
+        self.f,self.per_image,self.needs_rgb,self.packed = f,per_image,needs_rgb,packed
 
     def encodes(self, x:Tensor):
         x = unit_float(x)
@@ -32,6 +34,13 @@ class ApplyTo(DisplayedTransform):
             res = [self.f(TensorImage(o)) for o in (x.split(1) if self.per_image else [x])]
             return torch.cat(res).as_subclass(Tensor)
         return torch.stack([self.f(o) for o in x]) if self.per_image else self.f(x)
+
+    def encodes(self, x:PackedImages) -> None: # None: fastai does not make `PackedImages` of the results
+        if self.packed: return self.packed(x)
+        if not self.per_image: raise ValueError(f'{self.f} is called with all images of a batch, which needs images of one size, and these have heights and widths '
+            'of their own: put it after the crop, or have it called on each image by ApplyTo(…, per_image=True)')
+        res = [self.encodes(o[None]) for o in x.images]
+        return torch.cat(res) if len({o.shape for o in res})==1 else pack_images([o[0] for o in res])
 
     def decodes(self, x:Tensor): return self.f.decode(TensorImage(x)).as_subclass(Tensor) if isinstance(self.f, Pipeline) else x
 
@@ -47,19 +56,23 @@ def as_step(
     return res
 
 # %% ../nbs/14_backends.ipynb #9e269584
+def _own_crop(a): return RandomCropResize(a.size, a.resize_scale, a.resize_ratio, a.same_on_batch)
+
 def torchvision_steps(
     a, # arguments of `get_batch_augs`, as attributes
 ) -> list: # steps of a `Pipeline`
     "Steps through torchvision, image by image: the reference, and slow"
     import torchvision.transforms.v2 as tv
     s,each = a.jitter_s,not a.same_on_batch
-    tfms = [ApplyTo(tv.Compose([tv.RandomResizedCrop(a.size, a.resize_scale, a.resize_ratio, antialias=True), tv.RandomHorizontalFlip(a.flip_p)]), each)]
+    crop = tv.RandomResizedCrop(a.size, a.resize_scale, a.resize_ratio, antialias=True)
+    tfms = [ApplyTo(crop, each, packed=None if each else _own_crop(a)), ApplyTo(tv.RandomHorizontalFlip(a.flip_p), each)]
     if a.rotate: tfms.append(ApplyTo(tv.RandomApply([tv.RandomRotation(a.rotate_deg, tv.InterpolationMode.BILINEAR)], a.rotate_p), each))
-    if a.jitter: tfms.append(ApplyTo(tv.RandomApply([tv.ColorJitter(.8*s, .8*s, .8*s, .2*s)], a.jitter_p), each, needs_rgb=True))
+    if a.jitter: tfms.append(ApplyTo(tv.RandomApply([tv.ColorJitter(.8*s, .8*s, .8*s*a.saturation, .2*s)], a.jitter_p), each, needs_rgb=True))
     if a.bw:     tfms.append(ApplyTo(tv.RandomGrayscale(a.bw_p), each, needs_rgb=True))
     if a.blur:
         own = RandomGaussianBlur(s=a.blur_s)
         tfms.append(ApplyTo(tv.RandomApply([tv.GaussianBlur(own.kernel_size, own.s)], a.blur_p), each))
+    if a.solarize: tfms.append(ApplyTo(tv.RandomSolarize(.5, a.solarize_p), each))
     return tfms
 
 def kornia_steps(
@@ -68,13 +81,15 @@ def kornia_steps(
     "Steps through kornia, whose crops are not antialiased"
     import kornia.augmentation as K
     s,kw = a.jitter_s,dict(same_on_batch=a.same_on_batch)
-    tfms = [ApplyTo(K.RandomResizedCrop(a.size, a.resize_scale, a.resize_ratio, **kw)), ApplyTo(K.RandomHorizontalFlip(p=a.flip_p, **kw))]
+    crop = ApplyTo(K.RandomResizedCrop(a.size, a.resize_scale, a.resize_ratio, **kw), packed=_own_crop(a))
+    tfms = [crop, ApplyTo(K.RandomHorizontalFlip(p=a.flip_p, **kw))]
     if a.rotate: tfms.append(ApplyTo(K.RandomRotation(a.rotate_deg, p=a.rotate_p, **kw)))
-    if a.jitter: tfms.append(ApplyTo(K.ColorJitter(.8*s, .8*s, .8*s, .2*s, p=a.jitter_p, **kw), needs_rgb=True))
+    if a.jitter: tfms.append(ApplyTo(K.ColorJitter(.8*s, .8*s, .8*s*a.saturation, .2*s, p=a.jitter_p, **kw), needs_rgb=True))
     if a.bw:     tfms.append(ApplyTo(K.RandomGrayscale(p=a.bw_p, **kw), needs_rgb=True))
     if a.blur:
         own = RandomGaussianBlur(s=a.blur_s)
         tfms.append(ApplyTo(K.RandomGaussianBlur((own.kernel_size,)*2, own.s, p=a.blur_p, **kw)))
+    if a.solarize: tfms.append(RandomSolarize(a.solarize_p, **kw))
     return tfms
 
 def fastai_steps(
@@ -87,9 +102,10 @@ def fastai_steps(
     if a.rotate: geo.append(Rotate(a.rotate_deg, p=a.rotate_p, batch=a.same_on_batch))
     crop = RandomResizedCropGPU(a.size, min_scale=a.resize_scale[0], max_scale=a.resize_scale[1], ratio=a.resize_ratio)
     steps = lambda o: Pipeline(setup_aug_tfms(o), split_idx=0)
-    tfms = [ApplyTo(steps([crop]), per_image=not a.same_on_batch), ApplyTo(steps(geo))]
+    tfms = [ApplyTo(steps([crop]), not a.same_on_batch, packed=_own_crop(a)), ApplyTo(steps(geo))]
     if a.jitter: tfms += [ApplyTo(steps([Brightness(light, **kw), Contrast(light, **kw)])),
-                          ApplyTo(steps([Saturation(light, **kw), Hue(.2*a.jitter_s, **kw)]), needs_rgb=True)]
+                          ApplyTo(steps([Saturation(light*a.saturation, **kw), Hue(.2*a.jitter_s, **kw)]), needs_rgb=True)]
     if a.bw:     tfms.append(RandomGray(a.bw_p, a.same_on_batch))
     if a.blur:   tfms.append(RandomGaussianBlur(a.blur_p, a.blur_s, a.same_on_batch))
+    if a.solarize: tfms.append(RandomSolarize(a.solarize_p, same_on_batch=a.same_on_batch))
     return tfms

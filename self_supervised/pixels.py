@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['one_by_one', 'full_precision', 'unit_float', 'apply_where', 'cut_boxes', 'crops_at_once', 'crops_one_by_one',
-           'crop_resize', 'to_gray', 'jitter_weights', 'mix_colors', 'color_jitter', 'gaussian_kernel', 'gaussian_blur',
-           'rotate', 'rand_boxes']
+           'crop_resize', 'center_crop', 'to_gray', 'jitter_weights', 'mix_colors', 'color_jitter', 'gaussian_kernel',
+           'gaussian_blur', 'rotate', 'rand_boxes']
 
 # %% ../nbs/11_pixels.ipynb #e3b20492
 import math
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .basics import block_rows
+from .basics import block_rows, check_size
 from .packed import PackedImages
 from .ranges import usable_images
 
@@ -122,6 +122,18 @@ def crop_resize(
     "Cut a box out of each image and resize it, bilinear and antialiased"
     x = usable_images(x)
     return unit_float(crops_one_by_one(x, boxes, size)) if one_by_one(x) else crops_at_once(x, boxes, size)
+
+# %% ../nbs/11_pixels.ipynb #cfc00ee4
+def center_crop(
+    x:Tensor, # (B,C,H,W) images, uint8 or float in [0,1]; or `PackedImages`
+    size:int|tuple, # of the result: pixels of the side, or (h,w)
+) -> Tensor: # (B,C,h,w) float in [0,1]
+    "The middle of each image, 7/8 of the largest box of the shape of `size`: how images are seen when an encoder is judged"
+    size  = check_size(size)
+    sizes = x.sizes if isinstance(x, PackedImages) else torch.tensor([x.shape[2:]]).expand(len(x), 2)
+    part  = (sizes.double()/torch.tensor(size)).amin(1, keepdim=True)*torch.tensor(size)*7/8
+    part  = part.round().long().clamp(min=1)
+    return crop_resize(x, torch.cat([(sizes-part)//2, part], 1), size)
 
 # %% ../nbs/11_pixels.ipynb #c0f9370a
 def to_gray(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BatchTransform', 'RandomCropResize', 'RandomFlip', 'RandomRotate', 'has_rgb', 'RandomJitter', 'RandomGray',
-           'RandomGaussianBlur', 'NormalizeView']
+           'RandomGaussianBlur', 'RandomSolarize', 'NormalizeView']
 
 # %% ../nbs/12_transforms.ipynb #6db94688
 import math
@@ -117,16 +117,18 @@ class RandomJitter(BatchTransform):
     def __init__(self,
         s:float=1., # strength: brightness, contrast and saturation change by up to 0.8·s, hue by 0.2·s turns (SimCLR, appendix A)
         exact_hue:bool=False, # hue and clamping as torchvision's; see `color_jitter`
+        saturation:float=1., # its change as a part of that of brightness (0.5 in BYOL and DINO)
         **kwargs, # `p` and `same_on_batch`
     ):
         super().__init__(**kwargs)
+        if saturation<0: raise ValueError(f'saturation={saturation} must not be negative: 1 changes it as much as brightness and contrast, 0 not at all')
         if not 0<=s<=2.5: raise ValueError(f'jitter_s={s} must be between 0 and 2.5, where hue already takes every value')
-        self.s,self.exact_hue = s,exact_hue
+        self.s,self.exact_hue,self.saturation = s,exact_hue,saturation
 
     def params(self, shape, device=None):
         has_rgb(shape)
         n,a = shape[0],.8*self.s
-        factors = torch.stack([*(self.draw(n, max(0,1-a), 1+a, device) for _ in range(3)), self.draw(n, -.2*self.s, .2*self.s, device)], 1)
+        factors = torch.stack([*(self.draw(n, max(0,1-o), 1+o, device) for o in (a, a, a*self.saturation)), self.draw(n, -.2*self.s, .2*self.s, device)], 1)
         return factors, torch.rand(1 if self.same_on_batch else n, 4, device=device).argsort(1).expand(n, 4)
 
     def apply(self, x, factors, order): return color_jitter(x, factors, order, self.exact_hue)
@@ -161,6 +163,20 @@ class RandomGaussianBlur(BatchTransform):
 
     def params(self, shape, device=None): return self.draw(shape[0], *self.s, device),
     def apply(self, x, sigma): return gaussian_blur(x, sigma, self.kernel_size)
+
+# %% ../nbs/12_transforms.ipynb #85eca20e
+class RandomSolarize(BatchTransform):
+    "Invert the pixels that are brighter than a threshold, as torchvision's `RandomSolarize` does"
+    def __init__(self,
+        p:float=.2, # probability for each image (BYOL, appendix B)
+        threshold:float=.5, # from which brightness on, in [0,1]
+        **kwargs, # `same_on_batch`
+    ):
+        super().__init__(p, **kwargs)
+        if not 0<=threshold<=1: raise ValueError(f'threshold={threshold} is a brightness from 0 to 1: 0.5 is usual')
+        self.threshold = threshold
+
+    def apply(self, x): return torch.where(x>=self.threshold, 1-x, x)
 
 # %% ../nbs/12_transforms.ipynb #6454a4fd
 class NormalizeView(DisplayedTransform):
