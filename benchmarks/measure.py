@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -20,6 +21,14 @@ def pictures(n, size):
         x = x + 2*x.mean(1, keepdim=True)
         return (x/x.std()*56+115).clamp(0, 255).byte()
     return torch.cat([_one() for _ in range(n)])
+
+def photograph(height, width, rng):
+    "Noise as grainy as a photograph, mostly grey, uint8 (height,width,3): the amplitude falls as 1/frequency"
+    f = np.hypot(np.fft.fftfreq(height)[:,None], np.fft.rfftfreq(width))[...,None]
+    f[0,0] = np.inf
+    grey,color = rng.standard_normal((height,width,1)),rng.standard_normal((height,width,3))
+    x = np.fft.irfft2(np.fft.rfft2(2*grey+color, axes=(0,1))/f, (height,width), axes=(0,1))
+    return (x/x.std()*56+115).clip(0, 255).astype(np.uint8)
 
 def seconds(f):
     "Wall time of one call"

@@ -1,13 +1,16 @@
-"""What a whole SwAV training step costs: ours, lightly's, and the limit, a step that need not make views, codes and loss. Under eight minutes.
+"""What a whole SwAV training step costs: ours, lightly's, and the limit, a step that need not make views, codes and loss. Ten minutes.
 
-Three encoders in float32 on the CPU, with all threads; a projector with 512 hidden and 128 output features and 512 prototypes without queue,
+Three encoders in float32 on the CPU, with one thread; a projector with 512 hidden and 128 output features and 512 prototypes without queue,
 as in lightly's SwAV example; torch's AdamW for all. Images are in memory as uint8. The forms take turns, an epoch of a few steps each.
+Squares are what `image_dls(size=…)` gives. Whole images are 4:3, a third upright, their shorter side 16/7 of the largest view: the largest that
+`image_dls` gives without `size`, with 3.9 times as many pixels as these squares.
 
 - ours: `fit` of a fastai Learner with the SWAV callback: fetching images, views, forward, codes, loss, backward, optimiser, callbacks.
 - limit: forward, backward and optimiser of the same model on views that are ready, channels-last or contiguous; the loss is the mean score.
 - lightly: the loop of its SwAV example, with `SwaVTransform` in 0 or 2 worker processes, `SwaVProjectionHead`, `SwaVPrototypes`, `SwaVLoss`.
 - s: seconds a step, those of an epoch divided by its steps, the median of the rounds. Ratios are medians over the rounds too.
 - MiB: the highest memory of a run in a process of its own, workers, Python and libraries included, sampled.
+- MB a batch: bytes of a batch of images, as it would move to a device.
 
 The last table says where our step spends its seconds, and where the limit does. Run with the argument `compile`, the script compares
 the limit for ResNet-18 with and without torch.compile instead: a few minutes, needs a C++ compiler.
@@ -60,13 +63,29 @@ def stopwatch(spent):
             self.last = now
     return Stopwatch()
 
-def ours(steps, new, nf, bs, px, counts, sizes, spent):
+def square_dls(n, bs, px):
+    from self_supervised.data import tensor_dls
+    return tensor_dls(pictures(n, px), bs=bs)
+
+def whole_dls(n, bs, short):
+    "Pictures of 4:3, a third upright"
+    from fastai.data.core import DataLoaders
+    from self_supervised.whole_images import WholeImageDL
+    ims = [(o[...,:short] if i%3==0 else o[:,:short],) for i,o in enumerate(pictures(n, short*4//3))]
+    dl  = WholeImageDL(ims, bs=bs, shuffle=True, drop_last=True, num_workers=0)
+    return DataLoaders(dl, dl.new([], shuffle=False, drop_last=False))
+
+def images(form, n, bs, px, sizes):
+    "Loaders for the form of ours"
+    return whole_dls(n, bs, sizes[0]*16//7) if 'whole' in form else square_dls(n, bs, px)
+
+def ours(form, steps, new, nf, bs, px, counts, sizes, spent):
     "An epoch with our library"
     from fastai.learner import Learner
     from fastai.optimizer import OptimWrapper
-    from self_supervised.data import tensor_dls
+    from self_supervised.data import no_loss
     from self_supervised.vision.swav import SWAV
-    learn = Learner(tensor_dls(pictures(bs*steps, px), bs=bs), swav(new(), nf), opt_func=lambda ps,**kw: OptimWrapper(ps, torch.optim.AdamW, **kw),
+    learn = Learner(images(form, bs*steps, bs, px, sizes), swav(new(), nf), loss_func=no_loss, opt_func=lambda ps,**kw: OptimWrapper(ps, torch.optim.AdamW, **kw),
                     cbs=[SWAV(augs(counts, sizes), [0,1], K=None), stopwatch(spent)])
     def _epoch():
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
@@ -112,20 +131,25 @@ def memory(form, name):
     "Highest memory of three steps, in MiB"
     return tree_memory(__file__, form, name)/2**20
 
+def megabytes(form, new, nf, bs, px, counts, sizes):
+    "Of a batch"
+    x = images(form, bs, bs, px, sizes).one_batch()[0]
+    return x.numel()*x.element_size()/1e6
+
 def compare(name, peers):
     "Rows of the case `name`, with lightly in the forms `peers`; and rows with the parts of ours and of the limit"
     args,steps,rounds = cases[name]
-    mine,best = [],[]
-    forms = {'limit, channels-last': limit(steps, *args, best), 'ours': ours(steps, *args, mine)}
+    spent = {o: [] for o in ('ours, squares','ours, whole images','limit, channels-last')}
+    forms = {'limit, channels-last': limit(steps, *args, spent['limit, channels-last']), **{o: ours(o, steps, *args, spent[o]) for o in spent if 'ours' in o}}
     if name!='ResNet-50': forms['limit, contiguous'] = limit(steps, *args, [], torch.contiguous_format)
     forms |= {o: lightly(steps, *args, int(o[-9])) for o in peers}
     s,r  = paired(forms, rounds)
     peer = min(peers, key=r.get)
     rows = [{'form': nm, 's': s[nm]/steps, 'images/s': args[2]*steps/s[nm], 'time / limit': r[nm], 'speed / lightly': r[peer]/r[nm],
-             'MiB': '' if 'limit' in nm else round(memory(nm, name))} for nm in forms]
-    part = lambda spent: {k: median(o[k] for o in spent[1:])/steps for k in spent[0]} # the first was the warm-up
-    whole,few = part(mine),part(best)
-    return rows,peer,[{'encoder': name, 'form': nm, **{k: o.get(k, '') for k in whole}} for nm,o in (('ours',whole),('limit, channels-last',few))]
+             'MiB': '' if 'limit' in nm else round(memory(nm, name)), 'MB a batch': megabytes(nm, *args) if 'ours' in nm else ''} for nm in forms]
+    part = lambda o: {k: median(e[k] for e in o[1:])/steps for k in o[0]} # the first was the warm-up
+    parts = {nm: part(o) for nm,o in spent.items()}
+    return rows,peer,[{'encoder': name, 'form': nm, **{k: o.get(k, '') for k in parts['ours, squares']}} for nm,o in parts.items()]
 
 def compiled(steps=2):
     "Compare the limit with and without torch.compile"
@@ -136,10 +160,12 @@ def compiled(steps=2):
     print(table([{'form': nm, 's': s[nm]/steps, 'time / eager': r[nm], 's to compile': first[nm]-s[nm]} for nm in forms]))
 
 if __name__=='__main__':
+    torch.set_num_threads(1)
     if sys.argv[1:]==['compile']: compiled(); sys.exit()
     if len(sys.argv)>1: # a process of its own, for its memory
         form,name = sys.argv[1:]
-        (ours if form=='ours' else lightly)(3, *cases[name][0], [] if form=='ours' else int(form[-9]))(); sys.exit()
+        args = 3,*cases[name][0]
+        (ours(form, *args, []) if 'ours' in form else lightly(*args, int(form[-9])))(); sys.exit()
     peers  = both = [f'lightly, {n} workers' for n in (0,2)]
     tables,parts = {},[]
     for nm in cases:

@@ -72,12 +72,14 @@ def _type(o):
 def _plain(s): return f'<code>{html.escape(s)}</code>' if s else '' # code that is not looked up: a parameter may be called as a function is
 def _row(*cells): return '| ' + ' | '.join(c.replace('|', '\\|').replace('\n', '<br>') for c in cells) + ' |'
 
+def _unsearched(cell): return cell and f'{cell} {{: data-search-exclude}}' # types and defaults would bury names and comments
+
 def parameters(obj):
     "Table of what `obj` takes and returns, those of base classes and of functions it delegates to included, from the comments beside them"
     d,ret = _docments(obj)
-    rows = [_row(_plain(k), _type(v.anno), _plain(_default(v)), v.docment or '') for k,v in d.items()]
-    if ret and not inspect.isclass(obj) and (ret.docment or ret.anno is not empty): rows.append(_row('**returns**', _type(ret.anno), '', ret.docment or ''))
-    return '\n'.join(['<div class="parameters" markdown="1">\n', _row('', 'type', 'default', ''), '|---|---|---|---|', *rows, '\n</div>']) if rows else ''
+    rows = [_row(_plain(k), _unsearched(_type(v.anno)), _unsearched(_plain(_default(v))), v.docment or '') for k,v in d.items()]
+    if ret and not inspect.isclass(obj) and (ret.docment or ret.anno is not empty): rows.append(_row('**returns**', _unsearched(_type(ret.anno)), '', ret.docment or ''))
+    return '\n'.join(['<div class="parameters" markdown="1">\n', _row('', *map(_unsearched, ('type', 'default')), ''), '|---|---|---|---|', *rows, '\n</div>']) if rows else ''
 
 def methods(cls):
     "List of the documented methods of `cls`, and of our classes that it builds on but for their answers to events; what a patch has added has entries of its own"
@@ -212,7 +214,8 @@ def pages():
         if left: raise BuildError(f'{file}: {left[0]} would be left on the page')
         res[page] = md
     names = public_names(res)
-    def front(page, md): return f"---\nsearch: {{{'exclude: true' if page.startswith('results/') or page in ('changelog.md','contributing.md','cli_log.md','main.md') else 'boost: 2' if ' .api}' in md else 'boost: 1'}}}\n---\n" # entries are found first
+    inner = {f'{o}.md' for o in ('changelog','contributing','main','cli_log','cli_command','run_settings','state','replay')} # read by those who work on them
+    def front(page, md): return f"---\nsearch: {{{'exclude: true' if page.startswith('results/') or page in inner else 'boost: 2' if ' .api}' in md else 'boost: 1'}}}\n---\n" # entries are found first
     res = {page: front(page, md) + linkify(md, names, page) for page,md in res.items()}
     for file,page in wanted.items():
         if page.startswith('source/'):
@@ -278,7 +281,7 @@ def build(site):
         for f in (tmp/'site').rglob('*.html'): f.write_text(mathml(f.read_text(encoding='utf-8')), encoding='utf-8')
         found = json.loads((index := tmp/'site/search/search_index.json').read_text(encoding='utf-8'))
         for o in found['docs']: o['text'] = ' '.join(re.sub(r'<pre>.*?</pre>|<[^>]+>', '', o['text'], flags=re.S).split()) # prose is searched, and half as much to fetch
-        index.write_text(json.dumps(found, ensure_ascii=False), encoding='utf-8')
+        index.write_text(json.dumps(found, ensure_ascii=False, separators=(',',':')), encoding='utf-8')
         if wrong := check(tmp/'site'): raise BuildError('\n'.join(wrong))
         shutil.rmtree(site, ignore_errors=True)
         shutil.copytree(tmp/'site', site)

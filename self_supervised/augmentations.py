@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['get_batch_augs', 'get_torchvision_batch_augs', 'get_kornia_batch_augs', 'get_fastai_batch_augs',
            'get_multi_aug_pipelines', 'get_asymmetric_aug_pipelines', 'crop_kinds', 'unit_float', 'crop_resize',
-           'color_jitter', 'gaussian_blur', 'rotate', 'rand_boxes', 'BatchTransform', 'RandomCropResize', 'RandomFlip',
-           'RandomRotate', 'RandomJitter', 'RandomGray', 'RandomGaussianBlur', 'RandomSolarize', 'NormalizeView',
-           'ViewPipeline', 'ApplyTo', 'assert_aug_pipelines', 'show_views']
+           'center_crop', 'color_jitter', 'gaussian_blur', 'rotate', 'rand_boxes', 'BatchTransform', 'RandomCropResize',
+           'RandomFlip', 'RandomRotate', 'RandomJitter', 'RandomGray', 'RandomGaussianBlur', 'RandomSolarize',
+           'NormalizeView', 'ViewPipeline', 'ApplyTo', 'assert_aug_pipelines', 'show_views']
 
 # %% ../nbs/15_augmentations.ipynb #5ce552e7
 import inspect
@@ -26,7 +26,7 @@ from .views import *
 from .backends import *
 
 # %% ../nbs/15_augmentations.ipynb #c09d2650
-_all_ = ['unit_float', 'crop_resize', 'color_jitter', 'gaussian_blur', 'rotate', 'rand_boxes', 'BatchTransform', 'RandomCropResize',
+_all_ = ['unit_float', 'crop_resize', 'center_crop', 'color_jitter', 'gaussian_blur', 'rotate', 'rand_boxes', 'BatchTransform', 'RandomCropResize',
          'RandomFlip', 'RandomRotate', 'RandomJitter', 'RandomGray', 'RandomGaussianBlur', 'RandomSolarize', 'NormalizeView', 'ViewPipeline', 'ApplyTo',
          'assert_aug_pipelines', 'show_views']
 

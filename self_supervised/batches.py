@@ -46,7 +46,10 @@ def batch_parts(
         f'in place of its images a batch has a {type(parts[0]).__name__} of {len(parts[0])}: give one tensor of images (B,C,H,W). Several views of each are made here, by aug_pipelines')
     return parts
 
-def _like(o, x): return isinstance(o, Tensor) and o.ndim==4 and o.shape==getattr(x, 'shape', None) # images again, and no labels
+def _like(o, x):
+    "Is `o` images again, and no labels?"
+    if PackedImages in (type(o), type(x)): return type(o) is type(x)
+    return isinstance(o, Tensor) and o.ndim==4 and o.shape==getattr(x, 'shape', None)
 
 def images_labels(
     b, # a batch of any form

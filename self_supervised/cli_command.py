@@ -78,7 +78,7 @@ def nearest(
     return f'did you mean {", ".join(near)}?' if near else f'there are {", ".join(names)}' if 0<len(names)<30 else else_
 
 _typed = {'bs':'batch batch-size b', 'lr':'learning-rate base-lr', 'out':'output output-dir out-dir outdir dump-path save-dir log-dir o', 'workers':'num-workers n-workers j', 'epochs':'num-epochs n-epochs max-epochs e', 'wd':'weight-decay',
-          'mom':'momentum', 'arch':'model backbone architecture encoder', 'opt':'optimizer optim', 'warmup-epochs':'warmup', 'temp':'temperature', 'load-size':'img-size image-size input-size', 'size':'img-size image-size input-size', 'minutes':'save-every checkpoint-freq save-freq',
+          'mom':'momentum', 'arch':'model backbone architecture encoder', 'opt':'optimizer optim', 'warmup-epochs':'warmup', 'temp':'temperature', 'load-size':'img-size image-size input-size short-side resize', 'squares':'center-crop', 'size':'img-size image-size input-size', 'minutes':'save-every checkpoint-freq save-freq',
           'precision':'fp16 use-fp16 bf16 amp half', 'n-protos':'nmb-prototypes', 'K':'queue-length', 'projection-size':'feat-dim', 'eps':'epsilon', 'n-in':'channels in-chans', 'recipe':'method', 'init':'pretrained weights', 'resume':'resume-from', 'pct':'labels-perc'}
 _told  = {'data data-path data-dir dataset train-dir source':'the images come first, without a flag',
           'device gpu gpus cuda gpu-ids ngpus':'a GPU is used if there is one; CUDA_VISIBLE_DEVICES=1 before the command chooses it, and torchrun starts one process for each'}
@@ -116,8 +116,8 @@ def parse(
 
 # %% ../nbs/70_cli_command.ipynb #f65d377b
 _python = {r'(?:pass |or )?skip_bad=True(?: to image_dls)?':'add --skip-bad', r'image_dls, without item_tfms':'image_dls', r' to image_dls\b':'', r', or read them yourself and use tensor_dls':'', r', or drop_last=False':'',
-           r'pass a list of files':'give a text file with their names, one a line, in place of the folder', r'(larger images, )size=':r'\1load_size=', r'\bcheckpoint_encoder\b':'--checkpointing', r'\(K\)':'(--K)', r' ?\(PIL\.Image[^)]*\)':'',
-           r'pass label_func\b.*?, or take':'take', r'create_encoder\((?:arch|\'(\w+)\'), pretrained=[^)]*\)':r'--arch \1', r'\(pretrained=True, the default\)':'', r'pretrained=True\b':'--init imagenet', r'pass (?:pretrained=)?False\b':'give --init none', r'or None\b':'or none'}
+           r'pass a list of files':'give a text file with their names, one a line, in place of the folder', r'(larger images, )size=':r'\1load_size=', r'\bshort_side\b':'load_size', r'\bcheckpoint_encoder\b':'--checkpointing', r'\(K\)':'(--K)', r' ?\(PIL\.Image[^)]*\)':'',
+           r'pass label_func\b.*?, or take':'take', r'create_encoder\((?:arch|\'(\w+)\'), pretrained=[^)]*\)':r'--arch \1', r'\(pretrained=True, the default\)':'', r'pretrained=True\b':'--init imagenet', r'or None( for images as long as they are)':r'or a large number\1', r'pass (?:pretrained=)?False\b':'give --init none', r'or None\b':'or none'}
 _named  = re.compile(r"""(?<![\w./-])([A-Za-z_][\w.]*)=(\([^()]*\)|\[[^\[\]]*\]|'[^']*'|"[^"]*"|[^\s,;:()]*[^\s,;:.()])""")
 
 def in_shell(

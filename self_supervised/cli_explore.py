@@ -14,7 +14,7 @@ from .cli_command import at_least, command
 @command
 def ssl_explore(
     source:Annotated[str, {'opt':False, 'nargs':'?'}]=None, # image file, or folder of images, searched with all below it; default: examples
-    size:at_least(1)=256, # to load images at: pixels of a side
+    size:at_least(1)=256, # pixels of the shorter side of images, at most
     port:int=None, # to listen at; default: the first free one from 8501 on
     browser:bool=True, # do not open the page in the web browser, only say its address
 ):

@@ -16,6 +16,7 @@ from .cli_command import whole_file
 def start_line(
     learn, # `Learner`, before its fit
     epochs:int, # of the run
+    what:str='images', # what they are, for the line
 ) -> str: # images, batch, steps, device and folder
     "What is going to be trained"
     from fastai.vision.all import torch
@@ -23,7 +24,7 @@ def start_line(
     from self_supervised.basics import loader_facts
     o,n,dev = loader_facts(learn.dls.train),max(num_distrib(), 1),torch.device(learn.dls.device or 'cpu')
     on = (torch.cuda.get_device_name(dev) if dev.type=='cuda' else str(dev)) + (f', {n} processes' if n>1 else '')
-    return f'Training on {o.n:,} images in batches of {o.bs*n:,}, {o.n//n//o.bs:,} steps an epoch, {epochs:,} epochs, on {on}, into {learn.path}'
+    return f'Training on {o.n:,} {what} in batches of {o.bs*n:,}, {o.n//n//o.bs:,} steps an epoch, {epochs:,} epochs, on {on}, into {learn.path}'
 
 def log_lines(
     learn, # `Learner`
@@ -73,13 +74,13 @@ def save_views(
     n:int=4, # images
 ):
     "Draw the views of `n` images, and leave no trace in the random generators; notices are left to the fit"
-    from fastai.vision.all import Tensor, no_random, torch
+    from fastai.vision.all import no_random
     from self_supervised.pipelines import make_views, show_views
     from self_supervised.core import ssl_callback
-    augs,ds = ssl_callback(learn).aug_pipelines,learn.dls.train.dataset
+    augs,dl = ssl_callback(learn).aug_pipelines,learn.dls.train
     with no_random(reproducible=False), warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        x = torch.stack([ds[i][0].as_subclass(Tensor) for i in range(min(n, len(ds)))])
+        x = dl.do_batch([dl.do_item(i) for i in range(min(n, len(dl.dataset)))])[0]
         _save(show_views(augs, make_views(augs, x), n, imsize=1.2, layout='constrained'), learn.path/'views.png')
 
 def save_curves(

@@ -33,6 +33,10 @@ def _said(out):
     except (OSError,ValueError): return {}
     return said if isinstance(said, dict) and {'recipe','run','settings'}<=set(said) else {}
 
+def _old_squares(out):
+    "Did version 0.9 begin the run in `out`? It cut squares, and did not write that down"
+    return _saved(out) and 'squares' not in _said(out).get('run', ['squares'])
+
 def _check_out(out):
     "Refuse a folder in which something would be overwritten"
     if out.exists() and not out.is_dir(): raise ValueError(f'--out {out} is a file: give a folder')
@@ -46,7 +50,7 @@ def _check_same(out, now, override=()):
     "Refuse to go on with a run that was made with other settings"
     if not _saved(out): return
     if not (said := _said(out)): raise ValueError(f'{out} holds checkpoints, but not of this command (there is no settings.json): give another --out')
-    old = {'recipe':said['recipe'], **said['run'], **said['settings']}
+    old = {'recipe':said['recipe'], 'squares':True, **said['run'], **said['settings']} # `_old_squares`
     now = json.loads(json.dumps(now, default=str))
     bad = {k:f'{k}: {old[k]} → {v}' for k,v in now.items() if k in old and old[k]!=v} | {k:f'{k}: not set → {v}' for k,v in now.items() if k not in old and v is not None}
     if bad := {k:v for k,v in bad.items() if k not in override}: raise ValueError(
@@ -108,15 +112,16 @@ def _listening(cb):
         for o,f in old.items(): signal.signal(o, f)
 
 # %% ../nbs/72_cli_pretrain.ipynb #e863836a
-def _suggest(recipe, fns, n_in):
+def _suggest(recipe, fns, n_in, squares, **kwargs):
     "Print what would fit these images and this machine better, and the flags for it"
     import self_supervised.suggest # noqa: F401 (gives recipes `suggest`)
     from fastai.vision.all import torch
     from self_supervised.image_files import image_size
     gpus   = torch.cuda.device_count()
     memory = min((torch.cuda.get_device_properties(i).total_memory/1e9 for i in range(gpus)), default=None)
-    sizes  = sorted(min(image_size(o, n_in)) for o in fns[::len(fns)//50+1])
-    new    = recipe.suggest(len(fns), sizes[len(sizes)//2], gpus=max(gpus, 1), memory=memory, n_in=n_in).settings
+    sizes  = [image_size(o, n_in) for o in fns[::len(fns)//50+1]]
+    if squares: sizes = [(min(o),)*2 for o in sizes]
+    new    = recipe.suggest(len(fns), sizes, gpus=max(gpus, 1), memory=memory, n_in=n_in, **kwargs).settings
     flags  = []
     for k,v in new.items():
         if recipe.settings.get(k, new)==v: continue
@@ -146,7 +151,9 @@ def ssl_pretrain(
     n_in:at_least(1)=3, # channels: 3 for colour, 1 for grey, others for the bands of TIFF files
     max_value:float=None, # value of white in files of more than 8 bits; default: looked at in a sample
     background:str=None, # colour behind transparent pixels; default: white
-    load_size:at_least(1)=None, # pixels of the squares that views are cut from; default: 8/7 of the largest view
+    load_size:at_least(1)=None, # pixels of the shorter side of the images that views are cut from, at most; default: 16/7 of the largest view
+    max_aspect:float=None, # longer side/shorter side: of longer images another window is taken in each epoch; default: 3
+    squares:bool=False, # cut the largest centred square out of each image first, and views from that, with --load-size pixels; default for these: 8/7 of the largest view
     checkpointing:bool=False, # compute activations twice instead of keeping them: less memory, more time
     workers:at_least(0)=None, # processes that decode images, beside each that trains; default: one a core, at most 8
     seed:at_least(0)=42, # of weights, order and views
@@ -173,12 +180,16 @@ def ssl_pretrain(
         _check_out(out)
         check_writable(out, '--out')
         if wandb: check_wandb()
+    if not squares and 'squares' not in override and _old_squares(out):
+        squares = True
+        if main: print(f'The run in {out} was begun with squares, by version 0.9, and goes on with them')
+    if squares and max_aspect is not None: raise ValueError(f'--max-aspect {max_aspect:g}: squares have none: leave it out, or --squares')
     new = False # are there more epochs than before?
     if extend:
         n,new = _extended(out, extend, settings)
         settings = settings_of(_said(out)) | settings | dict(epochs=n)
         override += [o for o in ('epochs','n_epoch','param_scheduler.lr') if o not in override]
-    run = dict(n_in=n_in, max_value=max_value, background=background, load_size=load_size, checkpointing=checkpointing, seed=seed, labelled=bool(labelled), processes=n_procs, init=init, freeze_encoder_epochs=freeze_encoder_epochs)
+    run = dict(n_in=n_in, max_value=max_value, background=background, load_size=load_size, max_aspect=max_aspect, squares=squares, checkpointing=checkpointing, seed=seed, labelled=bool(labelled), processes=n_procs, init=init, freeze_encoder_epochs=freeze_encoder_epochs)
     if freeze_encoder_epochs and init is None: raise ValueError(f'--freeze-encoder-epochs {freeze_encoder_epochs}: an encoder with random weights would wait for nothing: give --init, or leave it out')
     _check_same(out, dict(recipe=recipe, **run, **settings), override)
 
@@ -202,16 +213,19 @@ def ssl_pretrain(
     mine = dict(recipe=recipe, **run, **r.settings)
     _check_same(out, mine, override)
     crop = max(r.view_sizes)
-    if load_size and load_size<max(crop): raise ValueError(f'--load-size {load_size} is less than the views that are cut from it, {crop[0]}×{crop[1]}: {max(crop)*8//7} is usual, or make smaller views')
-    skip = (lambda fns: good_images(fns, max(workers or 0, min(8, defaults.cpus)), size=crop, n_in=n_in, background=background or 'white')) if skip_bad else None
+    usual = max(crop)*8//7 if squares else r.short_side
+    if load_size and load_size<max(crop): raise ValueError(f'--load-size {load_size} is less than the views that are cut from it, {crop[0]}×{crop[1]}: {usual} is usual, or make smaller views')
+    cut  = dict(size=(load_size,)*2 if load_size else tuple(o*8//7 for o in crop)) if squares else dict(size=None, short_side=load_size or usual)
+    long = {} if max_aspect is None else dict(max_aspect=max_aspect)
+    skip = (lambda fns: good_images(fns, max(workers or 0, min(8, defaults.cpus)), **cut, n_in=n_in, background=background or 'white')) if skip_bad else None
     fns,listed,skipped = _list(sources, out, override, main, skip)
-    if suggest: return _suggest(r, fns, n_in)
+    if suggest: return _suggest(r, fns, n_in, squares, short_side=max(cut['size']) if squares else load_size, **long)
     if r.bs%n_procs: raise ValueError(f'--bs {r.bs} is the batch of all {n_procs} processes together: give a multiple of {n_procs}')
     fastprogress.NO_BAR = not sys.stdout.isatty()
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     set_seed(seed)
     light = dict(max_value=common_depth(fns, n_in, max_value).get('max_value'), background=background or 'white')
-    dls   = image_dls(fns, size=load_size or tuple(o*8//7 for o in crop), bs=r.bs//n_procs, n_in=n_in, num_workers=workers, seed=seed, **light)
+    dls   = image_dls(fns, **cut, **long, bs=r.bs//n_procs, n_in=n_in, num_workers=workers, seed=seed, **light)
     encoder = r.create_encoder(n_in) if init is None or _saved(out) else first_encoder(r, init, n_in)
     if checkpointing: encoder = checkpoint_encoder(encoder)
     checkpoint,notes = Checkpoint(out/'checkpoints', minutes=minutes),[]
@@ -243,10 +257,11 @@ def ssl_pretrain(
         cb = ssl_callback(learn)
         names += [o for o in (f'{cb.name}.{arg}' for arg,_,_ in cb.epoch_settings.values()) if o in in_file]
     learn.resume(names, missing_ok=True)
+    what = 'images, cut to {}×{} pixels,'.format(*cut['size']) if squares else f'whole images, with a shorter side of {cut["short_side"]} pixels at most,'
     if main and begins: save_views(learn)
     with _listening(checkpoint):
         try:
-            if main: print(start_line(learn, r.epochs), flush=True)
+            if main: print(start_line(learn, r.epochs, what), flush=True)
             with learn.distrib_ctx(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))]): r.fit(learn)
             if main and not checkpoint.stopped:
                 print(f'The encoder is in {learn.export_encoder(out/"encoder.safetensors")}, for ssl_knn, ssl_linear, ssl_semisup, ssl_export and load_encoder')

@@ -255,7 +255,7 @@ def image_dls(
     background:str|tuple='white', # colour behind transparent pixels
     max_value:float=None, # value of white in files of more than 8 bits; None: looked at in a sample, with a notice if there are any
     short_side:int=512, # pixels: whole images are shrunk to this shorter side, 16/7 of the largest crop of the views (512 for 224); None: they are not
-    max_aspect:float=3., # longer side/shorter side: of longer whole images a random window is taken in each epoch
+    max_aspect:float=3., # longer side/shorter side: of longer whole images another window is taken in each epoch; None: they stay as long as they are
     **kwargs, # to `Datasets.dataloaders`, such as `val_bs`, `after_batch`, `pin_memory` (default: if batches go to a GPU); names that it does not know are refused
 ) -> DataLoaders: # batches (x,) or (x,y), x `PackedImages`; with `size` float (B,n_in,h,w) in [0,1], or uint8 for a method
     "DataLoaders over image files, with labels or without"
@@ -268,8 +268,12 @@ def image_dls(
     whole = size is None and item_tfms is None
     if whole and (batch_tfms is not None or kwargs.get('after_batch')): raise ValueError(
         'batch_tfms and after_batch work on images of one size, and these keep their own: pass size, such as size=256')
-    if short_side is not None: short_side = check_size(short_side)[0]
-    if not max_aspect>=1: raise ValueError(f'max_aspect={max_aspect} is longer side/shorter side: 1 (squares) or more')
+    if not whole and (short_side,max_aspect)!=(512,3.): raise ValueError(
+        f'short_side={short_side} and max_aspect={max_aspect} are for whole images, and {"item_tfms get" if size is None else f"size={size} cuts"} a picture of another size: leave them out, or {"item_tfms" if size is None else "size"}')
+    if short_side is not None and (not isinstance(short_side, Integral) or short_side<1): raise ValueError(
+        f'short_side={short_side!r} must be a whole number of pixels, 16/7 of the largest view (512 for 224), or None for images as large as they are')
+    if max_aspect is not None and not max_aspect>=1: raise ValueError(
+        f'max_aspect={max_aspect} is longer side/shorter side: it must be 1 (squares) or more, or None for images as long as they are')
     how = dict(size=None if size is None else check_size(size), n_in=n_in, background=check_color(background), short_side=short_side if whole else None)
     fns,val_fns = list_images(source),[] if valid is None else list_images(valid)
     if num_workers is None: num_workers = 0 if len(fns)<500 else min(8, defaults.cpus)
@@ -290,6 +294,7 @@ def image_dls(
     dls = Datasets(L(fns), tfms, splits=parts, dl_type=WholeImageDL if whole else ImageDL).dataloaders(
         bs=bs, num_workers=num_workers, device=device, drop_last=drop_last, shuffle=shuffle, **kwargs)
     if seed is not None: dls.train.rng = random.Random(seed)
-    if label_func is None:
-        for dl in dls: dl.dataset.loss_func = no_loss
+    for dl in dls:
+        dl.dataset.opened_with = {k:v for k,v in how.items() if k!='dtype'} # for those who write down what a run depends on
+        if label_func is None: dl.dataset.loss_func = no_loss
     return dls

@@ -33,7 +33,7 @@ def evaluate(
     seeds:int=5, # draws of these labels, if there are any
     C:float=1., # inverse strength of the regularisation
     device:torch.device=None, # where to compute; None: where the encoder is
-    **kwargs, # to `extract_features`, such as `stats`, `half` and `progress`
+    **kwargs, # to `extract_features`, such as `stats`, `half`, `size` and `progress`
 ) -> list: # a `Result` for each question
     "k-NN, a linear classifier on few labels and one on all, as far as the labels allow"
     check_solver(C, seeds)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['normalization_of', 'without_normalization', 'image_ids', 'in_order', 'n_items', 'first_batch', 'class_names',
-           'check_finite_rows', 'extract_features']
+           'crop_size', 'check_finite_rows', 'extract_features']
 
 # %% ../nbs/50_features.ipynb #c4df93ab
-import operator
+import math, operator
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from functools import partial
@@ -28,10 +28,12 @@ from fastai.distributed import DistributedDL
 from fastai.learner import Learner
 from fastai.torch_core import no_random
 
-from .basics import not_finite
+from .basics import check_size, not_finite
 from .batches import images_labels
 from .core import encoder_of, ssl_callback
-from .pixels import unit_float
+from .packed import PackedImages
+from .pipelines import make_views
+from .pixels import center_crop, unit_float
 from .ranges import check_range, usable_images
 from .transforms import NormalizeView
 
@@ -153,6 +155,20 @@ def class_names(
     "Names of the classes of `dl`, in the order of their numbers: fastai's `vocab`, torchvision's `classes`"
     return _names(getattr(dl, 'dataset', None))
 
+# %% ../nbs/50_features.ipynb #b352a042
+def crop_size(
+    o:nn.Module|Learner, # an encoder, or a Learner
+    x:Tensor, # (B,C,H,W) images, or `PackedImages`
+    size:int|tuple=None, # pixels of the side, or (h,w); None: of images of their own sizes that of the largest view
+) -> tuple: # (h,w); None: the images are taken as they are
+    "Size of the centre crops that `o` is shown of images"
+    if size is not None: return check_size(size)
+    if not isinstance(x, PackedImages): return
+    if (cb := ssl_callback(o) if isinstance(o, Learner) else None) is None: raise ValueError(
+        'the images have heights and widths of their own, and the encoder takes a batch of one size: pass size=224, or what else it was trained on, for the middle of each, or a loader with a size, such as image_dls(…, size=256)')
+    with no_random(reproducible=False): views = make_views(cb.aug_pipelines, x[:1])
+    return max((tuple(v.shape[2:]) for v in views), key=math.prod)
+
 # %% ../nbs/50_features.ipynb #81137591
 def check_finite_rows(
     x:Tensor, # (N,…) features
@@ -171,6 +187,7 @@ def extract_features(
     progress:bool=False, # show a progress bar
     device:torch.device=None, # where to compute; None: where the encoder is. It is moved there, and back
     half:bool=False, # mixed precision (float16 on CUDA, else bfloat16), and features in float16
+    size:int|tuple=None, # pixels of the side, or (h,w), of a centre crop of each image; None: of whole images that of the Learner's largest view, squares as they are
 ) -> tuple: # features (N,F) on the CPU, float32 or float16, labels (N,) or None
     "Features of all images of `dl`, in the order of its dataset"
     model,norm = encoder_of(encoder),normalization_of(encoder, stats)
@@ -187,6 +204,7 @@ def extract_features(
                 x,y = images_labels(b)
                 x = usable_images(x).as_subclass(Tensor).to(at)
                 if own and not n: check_range(x)
+                if crop := crop_size(encoder, x, size): x = center_crop(x, size := crop)
                 with amp: f = model((norm or unit_float)(x).to(p.dtype))
                 if not isinstance(f, Tensor) or f.ndim!=2 or len(f)!=len(x): raise ValueError(
                     f'the encoder gives {tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__} for {len(x)} images, it must give '

@@ -283,7 +283,8 @@ def open_image(
             im = _read(f, n_in)
             if isinstance(im, Image.Image):
                 if size: im.draft(None, (2*max(size),)*2)
-                elif short_side: im.draft(None, _shrunk(im.size, short_side))
+                elif short_side and (drafted := im.draft(None, to := _shrunk(im.size, short_side))): # a JPEG: the file says its shape, a draft of it only nearly
+                    im = im.resize(to, Image.Resampling.BILINEAR, box=drafted[1])
                 ImageOps.exif_transpose(im, in_place=True)
                 if im.has_transparency_data: im = Image.alpha_composite(Image.new('RGBA', im.size, background), im.convert('RGBA'))
                 im = im.convert('L' if n_in==1 else 'RGB')

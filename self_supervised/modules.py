@@ -17,6 +17,7 @@ import self_supervised.pretrained # noqa: F401 (lets create_encoder take release
 from .dist import all_mean
 from .encoders import create_encoder, create_timm_encoder, encoder_dim
 from .multicrop import multicrop
+from .packed import PackedImages
 from .sinkhorn import sinkhorn_knopp
 from .vision.simclr import SimCLRModel, create_simclr_model, nt_xent_loss
 from .vision.swav import SwAVModel, create_swav_model, normalize_prototypes, swav_loss
@@ -50,6 +51,8 @@ def _check_views(name, view1, view2, global_views, local_views, images):
     g,l = ([o] if isinstance(o, Tensor) else list(o) for o in (g, () if local_views is None else local_views))
     views = g+l
     for v in views:
+        if isinstance(v, PackedImages): raise ValueError(
+            f'{name} got images with heights and widths of their own, and takes views, which have one size: self_supervised.views.make_views(aug_pipelines, x) cuts them, and self_supervised.pixels.center_crop(x, 224) the middle of each, for features')
         if not isinstance(v, Tensor) or v.ndim!=4 or not v.is_floating_point(): raise ValueError(
             f'a view must be a float tensor (B,C,H,W), one is {v.dtype if isinstance(v, Tensor) else type(v).__name__} of shape '
             f'{tuple(getattr(v, "shape", ()))}: lists of views go to global_views and local_views, and uint8 images through view pipelines')

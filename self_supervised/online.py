@@ -61,7 +61,7 @@ class OnlineKNN(_Online):
         every:int=1, # judge after the first epoch, then every so many, and after the last
         k:int=None, # neighbours that vote; None: 20, or all there are if these are fewer
         temp:float=0.07, # temperature of the weights
-        **kwargs, # to `extract_features`: `stats`, `half`, `device`
+        **kwargs, # to `extract_features`: `stats`, `half`, `device`, `size`
     ):
         if k is not None and k<1 or temp<=0: raise ValueError(f'k={k} must be 1 or more, and temp={temp} positive')
         super().__init__(dls, every, partial(knn, k=k, temp=temp), kwargs)
@@ -79,7 +79,7 @@ class OnlineProbe(_Online):
         every:int=1, # judge after the first epoch, then every so many, and after the last
         C:float=1., # inverse strength of the regularisation
         max_iter:int=500, # iterations of L-BFGS
-        **kwargs, # to `extract_features`: `stats`, `half`, `device`
+        **kwargs, # to `extract_features`: `stats`, `half`, `device`, `size`
     ):
         if C<=0: raise ValueError(f'C={C} must be positive')
         super().__init__(dls, every, partial(linear_probe, C=C, max_iter=max_iter), kwargs)

@@ -20,7 +20,7 @@ _moving = {Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.pin_memory, Tensor.clone, 
 _asking = {'__get__', 'numel', 'nelement', 'element_size', 'is_floating_point', 'is_complex', 'is_pinned', 'is_shared', 'is_contiguous', 'get_device',
            'data_ptr', 'untyped_storage', 'storage_offset', 'stride', 'record_stream', '__hash__'}
 
-def _unpickled(pixels, sizes, channels): return PackedImages(pixels, torch.tensor(sizes).view(-1,2), channels)
+def _unpickled(pixels, sizes, channels): return PackedImages(pixels, torch.tensor(sizes, dtype=torch.int64).view(-1,2), channels)
 
 class PackedImages(Tensor):
     "A batch of images with heights and widths of their own"
@@ -59,14 +59,18 @@ class PackedImages(Tensor):
     def __len__(self): return len(self.sizes)
     def __iter__(self): return (self[i] for i in range(len(self)))
     def __getitem__(self, i):
-        "Image `i`, a view of the pixels; or those that a slice or a list picks, packed"
-        if not isinstance(i, (slice,list,Tensor)): return self.images[i].as_subclass(TensorImageBW if self.channels==1 else TensorImage)
+        "Image `i`, a view of the pixels; or those that a slice, a list or a mask picks, packed"
         ids = torch.arange(len(self))[i]
+        if ids.ndim==0: return self.images[ids].as_subclass(TensorImageBW if self.channels==1 else TensorImage)
+        if ids.ndim!=1: raise IndexError(f'[{i}] of images with sizes of their own: only whole images can be picked')
         return PackedImages(torch.cat([self.pixels[:0], *(self.pixels[self.starts[j]:self.starts[j+1]] for j in ids.tolist())]), self.sizes[ids], self.channels)
 
     def __repr__(self): return f'PackedImages of {len(self)} images, {self.channels} channels, {self.dtype}, sizes {self.sizes.tolist()}'
+    def __format__(self, spec): return format(repr(self), spec)
     def __reduce_ex__(self, proto): return _unpickled,(self.pixels, self.sizes.tolist(), self.channels) # to another process the pixels go through shared memory
     def __deepcopy__(self, memo): return self.clone()
+    def to(self, *args, **kwargs): # `False` is what fastai's loaders say
+        return super().to(*args, **kwargs | (dict(non_blocking=True) if kwargs.get('non_blocking') is False and self.is_pinned() else {}))
     def as_subclass(self, cls): return self # fastai's Learner makes plain tensors of its inputs, and these would lose their sizes
 
     @classmethod
@@ -76,7 +80,7 @@ class PackedImages(Tensor):
             f'{name} needs images of one size, and these have heights and widths of their own: '
             'views are cut from them first, by aug_pipelines or get_batch_augs; image_dls(…, size=256) loads squares')
         with torch._C.DisableTorchFunctionSubclass(): res = func(*args, **(kwargs or {}))
-        return args[0].with_pixels(res) if func in _moving else res
+        return args[0].with_pixels(res) if func in _moving and isinstance(args[0], cls) else res
 
 # %% ../nbs/01_packed.ipynb #a8717c42
 def _room(n, dtype):

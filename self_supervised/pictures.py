@@ -31,6 +31,7 @@ from .core import ssl_callback
 from .dist import unwrapped
 from .features import extract_features, in_order, normalization_of
 from .methods import method_of, ssl_methods
+from .packed import PackedImages
 from .pixels import unit_float
 
 # %% ../nbs/61_pictures.ipynb #32c14540
@@ -67,6 +68,11 @@ def _unit(im):
         im = (im-lo)/(hi-lo).clamp(min=1e-9)
     return im.clamp(0, 1)
 
+def _thumbnail(im, side=256):
+    "A whole image, as large as it will be drawn: of many photographs there would be no room in memory"
+    if (s := max(im.shape[1:])/side)<=1: return im.float()
+    return F.interpolate(im[None].float(), [max(1, round(o/s)) for o in im.shape[1:]], mode='bilinear', antialias=True)[0]
+
 def _images(dl, ids):
     "Images `ids` of `dl` before normalisation, float in [0,1], by their number"
     ids,res = sorted(set(ids)),[]
@@ -75,7 +81,8 @@ def _images(dl, ids):
     with _batches(dl, ids) as batches:
         for b in batches:
             for f in undo: b = f.decode(b)
-            res += unit_float(images_labels(b)[0].cpu().as_subclass(Tensor)).float()
+            x = images_labels(b)[0].cpu().as_subclass(Tensor)
+            res += [_thumbnail(unit_float(o)) for o in x.images] if isinstance(x, PackedImages) else unit_float(x).float()
     return dict(zip(ids, map(_unit, res)))
 
 def _show(im, ax, **kwargs):
@@ -99,7 +106,7 @@ def _prototypes(o):
                          ': for other models there are plot_map and show_neighbors')
     return m,heads[0]
 
-def _assign(learn, dl, k, stats):
+def _assign(learn, dl, k, stats, size):
     "(K,) images of `dl` that are nearest to each prototype, and (k,K) the images nearest to it"
     m,protos = _prototypes(learn)
     proj,protos = deepcopy(m.projector).cpu().float().eval(),F.normalize(protos.cpu().float(), dim=1)
@@ -107,7 +114,7 @@ def _assign(learn, dl, k, stats):
     ids = best.long()
     with _batches(dl, norm=normalization_of(learn, stats)) as batches, torch.no_grad():
         for b in batches:
-            scores = F.normalize(proj(extract_features(learn, [b], stats)[0]), dim=1)@protos.T
+            scores = F.normalize(proj(extract_features(learn, [b], stats, size=size)[0]), dim=1)@protos.T
             new = torch.arange(n, n+len(scores))[:,None].expand_as(scores)
             n += len(scores)
             counts += scores.argmax(1).bincount(minlength=len(protos))
@@ -122,11 +129,12 @@ def show_prototypes(
     n:int=8, # prototypes, those with the most images; fewer, if fewer have any
     k:int=10, # images of each
     stats:tuple=None, # (means, stds) to normalise with; None: those of the Learner's view pipelines, or none
+    size:int|tuple=None, # pixels of the side, or (h,w), of the centre crops that the encoder sees, as in `extract_features`
     **kwargs, # passed to fastai's `subplots`, for example `figsize`
 ) -> L: # axes, one an image, prototype by prototype
     "Draw the images nearest to the most used prototypes, a row each, with the number of the prototype and its share of the images"
     dl = _loader(learn, dl)
-    counts,ids = _assign(learn, dl, k, stats)
+    counts,ids = _assign(learn, dl, k, stats, size)
     used = counts.argsort(descending=True, stable=True)[:min(n, counts.count_nonzero())]
     rows = ids[:,used].T.tolist()
     ims  = _images(dl, sum(rows, []))
@@ -140,10 +148,11 @@ def plot_codes(
     learn:Learner|nn.Module, # a Learner of a method with prototypes, or its model; of several heads the first is drawn
     dl=None, # the images: a DataLoader or DataLoaders; None: the Learner's, for validation if there are any
     stats:tuple=None, # (means, stds) to normalise with; None: those of the Learner's view pipelines, or none
+    size:int|tuple=None, # pixels of the side, or (h,w), of the centre crops that the encoder sees, as in `extract_features`
     **kwargs, # passed to fastai's `subplots`, for example `figsize`
 ) -> L: # the axes
     "Draw how many images are nearest to each prototype, the most used first"
-    counts = _assign(learn, _loader(learn, dl), 1, stats)[0].sort(descending=True).values
+    counts = _assign(learn, _loader(learn, dl), 1, stats, size)[0].sort(descending=True).values
     n,same = len(counts),(counts.sum()/len(counts)).item()
     ax, = subplots(**{'figsize':(6,3), 'layout':'constrained', **kwargs})[1]
     ax.stairs(counts, fill=True, label=f'{counts.count_nonzero()} of {n} prototypes have images')
@@ -180,24 +189,25 @@ def plot_map(
     thumbs:int=0, # fields a side of a grid over the map, in each of which one image is drawn; 0: points only
     vocab:list=None, # class names; None: those of the data, or numbers
     stats:tuple=None, # (means, stds) to normalise with; None: those of the Learner's view pipelines, or none
+    size:int|tuple=None, # pixels of the side, or (h,w), of the centre crops that the encoder sees, as in `extract_features`
     **kwargs, # passed to fastai's `subplots`, for example `figsize`
 ) -> L: # the axes
     "Draw a map of images by their features, coloured by class where there are labels"
     f = method if callable(method) else {'pca':_pca, 'tsne':_tsne}.get(method)
     if f is None: raise ValueError(f"method={method!r} must be 'pca', 'tsne', or a function that takes features (N,F) and returns (N,2)")
     dl  = _loader(encoder, dl)
-    x,y = extract_features(encoder, dl, stats)
+    x,y = extract_features(encoder, dl, stats, size=size)
     ids = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:n].sort().values
     xy  = torch.as_tensor(f(F.normalize(x[ids], dim=1))).float()
     ax, = subplots(**{'figsize':(6,4.5), 'layout':'constrained', **kwargs})[1]
-    size = 4 if thumbs else 9
+    dots = 4 if thumbs else 9
     if thumbs: _thumbs(ax, xy, ids, dl, thumbs)
-    if y is None or y.ndim>1 or y.is_floating_point(): ax.scatter(*xy.T, s=size)
+    if y is None or y.ndim>1 or y.is_floating_point(): ax.scatter(*xy.T, s=dots)
     else:
         names = dict(enumerate(vocab or getattr(dl, 'vocab', None) or getattr(getattr(dl, 'dataset', None), 'classes', None) or ()))
         top,y = max(len(names), int(y.max())+1),y[ids]
         cmap  = plt.get_cmap('tab10') if top<=10 else plt.get_cmap('turbo', top)
-        for c in y.unique().tolist(): ax.scatter(*xy[y==c].T, s=size, color=cmap(c), label=names.get(c, c))
+        for c in y.unique().tolist(): ax.scatter(*xy[y==c].T, s=dots, color=cmap(c), label=names.get(c, c))
         if top<=20: ax.legend(loc='center left', bbox_to_anchor=(1,.5), markerscale=2, fontsize=8)
     ax.axis('on')
     ax.set(aspect='equal', xticks=[], yticks=[])
@@ -211,13 +221,14 @@ def show_neighbors(
     k:int=8, # neighbours of each
     bank=None, # a DataLoader with the images to search; None: those of `dl`, without the image itself
     stats:tuple=None, # (means, stds) to normalise with; None: those of the Learner's view pipelines, or none
+    size:int|tuple=None, # pixels of the side, or (h,w), of the centre crops that the encoder sees, as in `extract_features`
     **kwargs, # passed to fastai's `subplots`, for example `figsize`
 ) -> L: # axes, one an image, row by row
     "Draw images and those most similar to them, a row each, with the number of the image and the cosines as titles"
     dl  = _loader(encoder, dl)
     own = bank is None or bank is dl
-    x,_ = extract_features(encoder, dl, stats)
-    xb  = x if own else extract_features(encoder, bank:=_loader(encoder, bank), stats)[0]
+    x,_ = extract_features(encoder, dl, stats, size=size)
+    xb  = x if own else extract_features(encoder, bank:=_loader(encoder, bank), stats, size=size)[0]
     ids = torch.as_tensor(ids).flatten().tolist()
     if not ids or min(ids)<0 or max(ids)>=len(x): raise ValueError(f'ids={ids} must be numbers of images of `dl`, from 0 to {len(x)-1}')
     if not 1<=k<=len(xb)-own: raise ValueError(f'k={k} neighbours of {len(xb)-own} images: k must be from 1 to {len(xb)-own}')

@@ -95,7 +95,7 @@ def crops_at_once(
 ) -> Tensor: # (n,C,h,w) float in [0,1]
     "Crops as products of matrices: no loop over images, and no value is read back"
     if isinstance(x, PackedImages): return _packed_at_once(x, boxes, size, flip, ids)
-    x,(t,l,h,w) = unit_float(x),boxes.to(x.device).T
+    x,(t,l,h,w) = unit_float(x),boxes.to(x.device, non_blocking=True).T
     down,across = _resize_weights(t, h, x.shape[2], size[0]),_resize_weights(l, w, x.shape[3], size[1]) # (B,h,H), (B,w,W)
     if flip is not None: across = torch.where(flip[:,None,None], across.flip(1), across)
     return down[:,None].to(x) @ (x @ across[:,None].mT.to(x))
@@ -123,7 +123,7 @@ def crop_resize(
     x = usable_images(x)
     return unit_float(crops_one_by_one(x, boxes, size)) if one_by_one(x) else crops_at_once(x, boxes, size)
 
-# %% ../nbs/11_pixels.ipynb #cfc00ee4
+# %% ../nbs/11_pixels.ipynb #369f271e
 def center_crop(
     x:Tensor, # (B,C,H,W) images, uint8 or float in [0,1]; or `PackedImages`
     size:int|tuple, # of the result: pixels of the side, or (h,w)

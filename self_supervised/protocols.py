@@ -25,8 +25,9 @@ from fastai.torch_core import no_random
 
 from .basics import warn_once
 from .core import encoder_of
-from .features import class_names, extract_features, first_batch, image_ids, images_labels, normalization_of, without_normalization
+from .features import class_names, crop_size, extract_features, first_batch, image_ids, images_labels, normalization_of, without_normalization
 from .heads import model_splitter
+from .packed import PackedImages
 from .pixels import unit_float
 from .probes import check_draw, dataset_labels, labelled_loaders, labels_a_class, number_classes, renumber, sample_per_class
 from .ranges import set_raw
@@ -101,9 +102,13 @@ def _on_views(name, encoder, dls, epochs, lrs, sched, pct=None, n_per_class=None
 
     norm  = normalization_of(encoder, stats)
     stats = norm and (norm.mean, norm.std) # the copy has no view pipelines to take them from
-    batch = first_batch(train, norm)
-    n_features = extract_features(encoder, [batch], stats, device=device)[0].shape[1]
-    crop  = [] if resize_scale is None else [RandomCropResize(size or images_labels(batch)[0].shape[2:], resize_scale), RandomFlip(.5)]
+    x,xv  = (images_labels(first_batch(o, norm))[0] for o in (train,valid))
+    if resize_scale is None and isinstance(x, PackedImages): raise ValueError(
+        'resize_scale=None: the images of dls.train are views already, and these have heights and widths of their own: leave resize_scale out, or cut the views in the loader')
+    view  = size or crop_size(encoder, x) or tuple(x.shape[2:])
+    def _judge(model, dl, x): return extract_features(model, dl, stats, device=device, size=view if isinstance(x, PackedImages) else None)
+    n_features = _judge(encoder, [x], x)[0].shape[1]
+    crop  = [] if resize_scale is None else [RandomCropResize(view, resize_scale), RandomFlip(.5)]
     augs  = ViewPipeline([*crop, *([norm] if norm else [])], split_idx=0)
 
     hits = []
@@ -115,12 +120,12 @@ def _on_views(name, encoder, dls, epochs, lrs, sched, pct=None, n_per_class=None
             if tune and epochs*len(dl)<50: warn_once(
                 f'few steps of training ({epochs*len(dl)}) for {len(ids)} images in batches of {bs}: give a smaller bs or more epochs, or n_per_class alone, whose defaults are for few images')
             model  = _fit(net, _linear(n_features, len(classes)), dl, augs, classes.to(device), tune, epochs, wd, opt, sched, lrs)
-        scores,t = extract_features(model, valid, stats, device=device)
+        scores,t = _judge(model, valid, xv)
         t = torch.searchsorted(classes, renumber(t.long(), *names))
         hits.append(top_hits(scores, t))
     if n_per_class: name = f'{name}, {labels_a_class(y, n_per_class)}'
-    return result_of(name, hits, t, len(classes), opt=opt if tune else None, epochs=epochs, lr=lrs if tune else lrs[1], pct=pct, n_per_class=n_per_class, bs=bs, wd=wd, size=size,
-                     resize_scale=resize_scale, seeds=seeds, stats=stats and tuple(o.flatten().tolist() for o in stats), train=len(ids), test=len(t))
+    return result_of(name, hits, t, len(classes), opt=opt if tune else None, epochs=epochs, lr=lrs if tune else lrs[1], pct=pct, n_per_class=n_per_class, bs=bs, wd=wd,
+                     size=view if isinstance(x, PackedImages) else size, resize_scale=resize_scale, seeds=seeds, stats=stats and tuple(o.flatten().tolist() for o in stats), train=len(ids), test=len(t))
 
 # %% ../nbs/52_protocols.ipynb #332f3592
 def _steps(lr, gamma): return combine_scheds([.6,.2,.2], [SchedNo(lr*gamma**i, lr*gamma**i) for i in range(3)])
@@ -135,7 +140,7 @@ def sgd_probe(
     schedule:str='cosine', # 'cosine' to zero, or 'step': a tenth after 60 % and again after 80 % (both in the official code)
     bs:int=256, # batch size (official code: 8 times 32)
     wd:float=1e-6, # weight decay (official code)
-    size:int|tuple=None, # of the views: pixels of the side, or (h,w); None: that of the images
+    size:int|tuple=None, # of the views, and of the centre crops to judge on if images are whole: pixels of the side, or (h,w); None: that of the images, of whole ones that of the Learner's largest view
     resize_scale:tuple=(.08,1.), # area of a crop as a part of the image's, from and to (official code: torchvision's default); None: the images of `dls.train` are views already
     seeds:int=1, # runs
     stats:tuple=None, # (means, stds) to normalise with; None: those of the Learner's view pipelines, or none

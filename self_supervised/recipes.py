@@ -250,6 +250,12 @@ def view_sizes(self:Recipe) -> list: # (h,w) in pixels, one a view
     "Sizes of the views, in the order of the pipelines"
     return [check_size(first(f.size for f in o.fs if hasattr(f, 'size'))) for o in self.create_callback().aug_pipelines]
 
+# %% ../nbs/67_recipes.ipynb #a890bc34
+@patch(as_prop=True)
+def short_side(self:Recipe) -> int: # pixels
+    "The shorter side that suffices for images, for `image_dls`: 16/7 of the largest view"
+    return max(map(max, self.view_sizes))*16//7
+
 # %% ../nbs/67_recipes.ipynb #dbab4558
 def _n_in(encoder, dls):
     "Channels of the images"

@@ -108,7 +108,11 @@ def _item(dl, data):
         x = dl.do_batch([dl.do_item(0)]) if here else dl.dataset[0]
         while isinstance(x, (tuple,list,dict)): x = next(iter(x.values() if isinstance(x, dict) else x))
         shape = getattr(x, 'shape', getattr(x, 'size', None))
-        return [list(shape)[1 if here else 0:], str(getattr(x, 'dtype', getattr(x, 'mode', type(x).__name__)))]
+        return [[o if isinstance(o, int) else 'its own' for o in shape[1 if here else 0:]], str(getattr(x, 'dtype', getattr(x, 'mode', type(x).__name__)))]
+
+def _opened(dl):
+    "How files become images, as far as the dataset and the loader of `image_dls` say it"
+    return {k:_words(v) for k,v in {**(getattr(dl.dataset, 'opened_with', None) or {}), 'max_aspect':getattr(dl, 'max_aspect', None)}.items()}
 
 def _order(dl):
     "Who says which images come when"
@@ -145,7 +149,7 @@ def run_settings(
     data   = _data(inner.dataset)
     scheduled = {k for cb in learn.cbs if isinstance(cb, ParamScheduler) for k in cb.scheds}
     res = {'n_epoch':learn.n_epoch, 'images':loader_facts(dl).n, 'bs':loader_facts(dl).bs, 'batches':len(dl), 'processes':world_size(),
-           'data':data, 'item':_item(inner, data), 'loader':_order(inner), 'model':dict(_layers(learn.model)),
+           'data':data, 'opened':_opened(inner), 'item':_item(inner, data), 'loader':_order(inner), 'model':dict(_layers(learn.model)),
            'optimizer':[type(getattr(opt, 'opt', opt)).__name__, *_words(getattr(opt, 'cbs', []))],
            'hypers':[{k:_words(v) for k,v in h.items() if k not in scheduled} for h in opt.hypers]}
     for nm,cb in named_callbacks(learn.cbs):
@@ -183,7 +187,7 @@ def check_settings(
     unknown = [o for o in override if o not in {**saved, **settings}]
     if unknown: raise ValueError(f'override={unknown}: there are no such settings, only {", ".join({**saved, **settings})}')
     if 'data' not in saved: warn_once(f'{path} comes from a version that did not write down images and layers: whether they are the same is not known')
-    free = [*override, *(data_settings if 'data' in override else ()), *(k for k in ('images','bs','data','item','loader','model') if saved.get(k) is None or settings.get(k) is None)]
+    free = [*override, *(data_settings if 'data' in override else ()), *(k for k in ('images','bs','data','opened','item','loader','model') if saved.get(k) is None or settings.get(k) is None)]
     a,b  = ({k:v for k,v in o.items() if k not in free} for o in (saved, settings))
     names = [k for k in {**a,**b} if a.get(k)!=b.get(k)]
     if 'data' in names: names = [k for k in names if k=='data' or k not in data_settings]

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/68_suggest.ipynb #c055f977
 import inspect
+from numbers import Real
 
 import torch
 from fastcore.basics import patch
@@ -29,6 +30,20 @@ def activation_bytes(self:Recipe,
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): model([torch.empty(2, n_in, *o, device='meta') for o in self.view_sizes])
     return sum(o.nbytes() for o in kept.values() if o is not None)//2
 
+# %% ../nbs/68_suggest.ipynb #868b452f
+@patch
+def image_bytes(self:Recipe,
+    sizes:list, # (h,w) of images, as they are in their files
+    n_in:int=3, # channels
+    short_side:int=None, # pixels of the shorter side of what is loaded, at most; None: `short_side` of the recipe
+    max_aspect:float=3., # longer side/shorter side of what is loaded, at most
+) -> tuple: # (N,) bytes of the pixels of each, and bytes of its views
+    "What an image takes in a batch, as uint8, and its views, as float32"
+    hw = torch.tensor(sizes, dtype=torch.float64)
+    hw = (hw*((short_side or self.short_side)/hw.amin(1, keepdim=True)).clamp(max=1)).round().clamp(min=1)
+    short,long = hw.sort(1).values.T
+    return n_in*short*torch.minimum(long, (max_aspect*short).round()), 4*n_in*sum(h*w for h,w in self.view_sizes)
+
 # %% ../nbs/68_suggest.ipynb #65ebc92f
 def _smaller(o, f): return tuple(_smaller(v, f) for v in o) if isinstance(o, (tuple,list)) else max(8, round(o*f))
 
@@ -39,15 +54,33 @@ def _memory(self:Recipe, n_in):
     with torch.device('meta'): n = sum(o.numel() for o in self.create_model(self.create_encoder(n_in)).parameters())
     return each,4*(4 if self.opt=='adam' else 3)*n
 
+def _median(image_size):
+    "A shorter side that is usual, and all sizes that are known"
+    if image_size is None or isinstance(image_size, Real): return image_size,[]
+    if not len(image_size) or not all(isinstance(o, (tuple,list)) and len(o)==2 for o in image_size): raise ValueError(
+        f'image_size={image_size} must be pixels of the shorter side, or a list of (height, width) of some images')
+    return sorted(map(min, image_size))[len(image_size)//2],image_size
+
+@patch
+def _say_batch(self:Recipe, pixels, views, small, gpus):
+    "Print what a batch of whole images takes, and how many of them have fewer pixels than the crops"
+    n,(typical,largest) = len(pixels),(pixels.quantile(q).item() for q in (.5,1.))
+    print(f'An image takes {typical/1e6:.3g} MB of pixels (the largest of {n}: {largest/1e6:.3g} MB) and {views/1e6:.3g} MB of views: '
+          f'{self.bs//gpus} of them make a batch of {self.bs//gpus*(typical+views)/1e6:.3g} MB, or of {self.bs//gpus*(largest+views)/1e6:.3g} MB if all are as large as that.')
+    if small: print(f'{small} of {n} images have a shorter side of fewer pixels than the largest crop: even a crop of the whole image is blown up.')
+
 @patch
 def suggest(self:Recipe,
     n_images:int, # images to train on
-    image_size:int=None, # pixels of their shorter side; None: no smaller than the recipe's crops
+    image_size:int|list=None, # pixels of their shorter side; or (h,w) of some of them, as they are in their files; None: no smaller than the recipe's crops
     gpus:int=1, # processes
     memory:float=None, # GB of each GPU; None: enough
     n_in:int=3, # channels of the images
+    short_side:int=None, # pixels of the shorter side of what is loaded, at most; None: 16/7 of the largest crop
+    max_aspect:float=3., # longer side/shorter side of what is loaded, at most
 ) -> Recipe: # with the changes that are printed
     "This recipe, fitted to data and machine"
+    image_size,sizes = _median(image_size)
     if n_images<2*gpus: raise ValueError(f'n_images={n_images}: a batch needs at least two images for each of gpus={gpus}, or batch norm has nothing to go by')
     if n_images<500: warn_once(f'{n_images} images are few: an encoder that is trained on them alone will hardly beat an untrained one (compare both with k-NN). '
                                'Add images, labels are not needed; or begin with an encoder that others have trained')
@@ -74,14 +107,16 @@ def suggest(self:Recipe,
     if max(n_images//20, least)<bs: bs,why = max(n_images//20, least),['an epoch should have 20 steps' if n_images//20>=least else 'a batch cannot have more images than there are, and should not have fewer than 32']
     if memory:
         each,fixed = res._memory(n_in)
+        if sizes: each += sum(res.image_bytes(sizes, n_in, short_side, max_aspect)).max().item() # all may be large
         fits = int((.8e9*memory - fixed)/each)*gpus
         if fits<2*gpus: raise ValueError(f'memory={memory} GB: one image takes {each/1e9:.2f} GB, the model {fixed/1e9:.2f} GB, and a batch needs two images or more. '
                                          'Take fewer or smaller crops, a smaller arch, or checkpoint_encoder')
-        if fits<bs: bs,why = fits,[f'one image takes about {each/1e6:.0f} MB of activations, the model {fixed/1e6:.0f} MB']
+        if fits<bs: bs,why = fits,[f'one image takes about {each/1e6:.0f} MB {"with its views and activations" if sizes else "of activations"}, the model {fixed/1e6:.0f} MB']
     if why: change(why[0], bs=max(2**(bs//gpus).bit_length()//2, 2)*gpus)
 
     if res.bs<256 and self.opt in ('larc','lars'):
         lr = 4e-3*(res.bs/128)**.5
         change('LARC and LARS are for large batches; this is the Adam of the small recipes, at your batch', opt='adam', lr=lr, lr_start=lr/10, lr_final=lr/1000, wd=.01, wd_bn_bias=False)
     for why,settings in ssl_methods()[self.method].callback.suggest(res, n_images): change(why, **settings)
+    if sizes: res._say_batch(*res.image_bytes(sizes, n_in, short_side, max_aspect), sum(min(o)<max(map(max, res.view_sizes)) for o in sizes), gpus)
     return res

@@ -18,13 +18,13 @@ from .ranges import ImageDL
 # %% ../nbs/09_whole_images.ipynb #b55cb64c
 def window(
     x:Tensor, # an image (C,h,w)
-    max_aspect:float, # longer side/shorter side of the window, at most
+    max_aspect:float=None, # longer side/shorter side of the window, at most; None: all of it
     at:float=.5, # where it lies: 0 at the top or on the left, 1 at the other end
 ) -> Tensor: # (C,h,w), a view of `x`
     "As much of a long image as is allowed"
     h,w = x.shape[1:]
-    n = max(1, round(max_aspect*min(h, w)))
-    if max(h, w)<=n: return x
+    if max_aspect is None or max(h, w)<=max_aspect*min(h, w): return x
+    n = round(max_aspect*min(h, w))
     start = min(int(at*(max(h, w)-n+1)), max(h, w)-n)
     return x[:,start:start+n] if h>w else x[...,start:start+n]
 
@@ -33,13 +33,17 @@ class WholeImageDL(ImageDL):
     "A loader of `PackedImages`"
     def __init__(self,
         dataset, # items: tuples that begin with an image (C,h,w)
-        max_aspect:float=3., # longer side/shorter side; of longer images windows are taken
+        max_aspect:float=3., # longer side/shorter side; of longer images windows are taken. None: they are not
         **kwargs, # to `TfmdDL`
     ):
         self.max_aspect,self._epoch = max_aspect,0
         super().__init__(dataset, **kwargs)
 
-    def new(self, dataset=None, cls=None, **kwargs): return super().new(dataset, cls, **{'max_aspect':self.max_aspect, **kwargs})
+    def new(self, dataset=None, cls=None, **kwargs):
+        "As `TfmdDL.new`; windows are those of the next epoch of this loader, on every process"
+        res = super().new(dataset, cls, **{'max_aspect':self.max_aspect, **kwargs})
+        res.rng = copy(self.rng)
+        return res
 
     def before_iter(self):
         super().before_iter()

@@ -23,12 +23,12 @@ def encoder(n_in=1, bn=True):
 
 def model(name, n_in=1, enc=None, **kwargs):
     create = methods[name].create_model
-    kwargs = taken(create, hidden_size=16, projection_size=8, n_protos=10) | kwargs
+    kwargs = taken(create, hidden_size=16, projection_size=8, n_protos=10, teacher=encoder(n_in, bn=False)) | kwargs
     return create(encoder(n_in) if enc is None else enc, **kwargs)
 
 def augs(name, size=12, **kwargs):
     get = methods[name].get_aug_pipelines
-    return get(**taken(get, num_crops=(2,2), crop_sizes=(size,size//2), size=size), **(plain | kwargs))
+    return get(**taken(get, num_crops=(2,2), crop_sizes=(size,size//2), size=size, n=2), **(plain | kwargs))
 
 def callback(name, aug_pipelines=None, **kwargs):
     cls = methods[name].callback

@@ -318,7 +318,7 @@ def test_views_look_like_those_of(other, size, shape):
 builders  = [get_batch_augs, get_torchvision_batch_augs, get_kornia_batch_augs, get_fastai_batch_augs]
 every     = pytest.mark.parametrize('f', builders, ids=lambda f: f.__name__)
 arguments = ('size rotate jitter bw blur resize_scale resize_ratio rotate_deg jitter_s blur_s same_on_batch '
-             'flip_p rotate_p jitter_p bw_p blur_p stats cuda xtra_tfms exact_hue').split()
+             'flip_p rotate_p jitter_p bw_p blur_p stats cuda xtra_tfms exact_hue saturation solarize solarize_p').split()
 full      = dict(rotate=True, rotate_p=.5, jitter_p=.5, bw_p=.5, flip_p=.5, blur_p=.5, blur_s=(.1,1.))
 rgb       = ([.4,.5,.6], [.2,.3,.25])
 

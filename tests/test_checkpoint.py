@@ -474,7 +474,7 @@ def test_other_images(tmp_path, monkeypatch, was, now, named):
     if named is None: resumed(tmp_path/'run', now, **kwargs); return
     with pytest.raises(ValueError, match='other settings(.|\n)*  '+named.replace('torch.uint8 →', '.*torch.uint8 →')) as e: resumed(tmp_path/'run', now, **kwargs)
     names = json.loads(str(e.value).split('override=')[1].rstrip(')').replace("'", '"'))
-    assert set(names)<={'data','item','loader'}
+    assert set(names)<={'data','item','loader','opened'}
     learn = resumed(tmp_path/'run', now, names, **kwargs)
     assert learn.epoch==2 and learn.checkpoint.last_saved==learn.checkpoint.files[-1]
 

@@ -80,7 +80,7 @@ cli.ssl_pretrain()"""
 @pytest.mark.parametrize('load', [10, 27])
 def test_load_size_under_the_crop(load, images, tmp_path, say):
     code,out,err = say('ssl_pretrain', images, *tiny, '--load-size', load, '--out', tmp_path/'run')
-    assert code and f'--load-size {load} is less than the views that are cut from it, 28×28: 32 is usual' in err and not (tmp_path/'run').exists()
+    assert code and f'--load-size {load} is less than the views that are cut from it, 28×28: 64 is usual' in err and not (tmp_path/'run').exists()
 
 def test_a_short_run_has_a_short_warm_up(images, tmp_path, say):
     code,out,err = say('ssl_pretrain', images, *tiny, '--epochs', 1, '--out', tmp_path/'run')
@@ -175,7 +175,7 @@ def test_hints_exist():
 
 _modules = 'image_files data recipes core monitor online queue heads transforms pipelines optimizer suggest vision/swav vision/simclr vision/deepcluster vision/sela'.split()
 _elsewhere = ('source', 'valid', 'groups', 'vocab', 'full=True', 'no loss of its own', 'does not take', 'must both have', 'is not registered', 'this Learner', 'the model is a', 'such settings', 'metrics', 'get_preds', # nothing of these can be said on the command line
-              'p=', 'kernel_size', 'older package', 'n_views', 'distrib_ctx', 'memory=', 'patience', 'aug_pipelines', 'two methods on one', 'batch norms of the encoder are frozen', 'no DataLoaders', 'n_images=', 'every=', 'a batch has', 'ps=', 'warmup={', 'has no convolution', 'lin_ftrs', 'z has shape', 'k={', 'length=', 'scale=', 'ratio=', 'steps', 'checkpoint')
+              'p=', 'kernel_size', 'older package', 'n_views', 'distrib_ctx', 'memory=', 'patience', 'aug_pipelines', 'two methods on one', 'batch norms of the encoder are frozen', 'no DataLoaders', 'n_images=', 'every=', 'a batch has', 'ps=', 'warmup={', 'has no convolution', 'lin_ftrs', 'z has shape', 'k={', 'length=', 'scale=', 'ratio=', 'steps', 'checkpoint', 'threshold=', 'image_size=')
 
 def messages():
     "Every message of an error or a warning, with 3 for what stands in it"

@@ -407,7 +407,7 @@ def test_labels_without_images(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(type(dls.train), get.__name__, lambda self,i: (i is None or seen.append(i), get(self,i))[1])
     res = fine_tune(Halves(), dls, n_per_class=3, epochs=2, bs=6)
     assert res.settings['train']==6 and res.settings['test']==8 and all(sorted(o['y'])==[0,0,0,1,1,1] for o in steps)
-    assert len(seen)==2*6+8 + 4 + (0 if kind!='no labels known' else 40+8) # two epochs, the test, a batch to look at, and all once where nothing is known
+    assert len(seen)==2*6+8 + 4+4 + (0 if kind!='no labels known' else 40+8) # two epochs, the test, a batch of each loader to look at, and all once where nothing is known
 
 def test_a_last_batch_of_one():
     "Batch norm in training mode cannot do with it"

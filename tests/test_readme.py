@@ -1,6 +1,6 @@
 """What the README says works: its Python runs as written, from top to bottom, its commands are the few that are promised, its links lead somewhere.
 
-Two things are arranged: `path/to/images` and `path/to/labelled`, which stand for the reader's own folders, have small JPEGs, and a fit lasts one epoch."""
+Two things are arranged: `path/to/images` and `path/to/labelled`, which stand for the reader's own folders, have small JPEGs, wide ones and upright ones, and a fit lasts one epoch."""
 import re, shlex
 
 import pytest, yaml
@@ -67,7 +67,7 @@ def test_python(readme, tmp_path, monkeypatch):
     for o in folders: (tmp_path/o).mkdir(parents=True)
     for i in range(n_images*3):
         small = Image.effect_noise((6+i%3, 6), 90).convert('RGB')
-        small.resize((80+10*(i%3), 80)).save(tmp_path/folders[0 if i<n_images else 1+i%3]/f'{i}.jpg')
+        small.resize(((140,105),(105,140),(230,105))[i%3]).save(tmp_path/folders[0 if i<n_images else 1+i%3]/f'{i}.jpg')
     monkeypatch.chdir(tmp_path)
     fit = Learner.fit
     monkeypatch.setattr(Learner, 'fit', lambda self, n_epoch, *args, **kwargs: fit(self, 1, *args, **kwargs))

@@ -53,3 +53,41 @@ def test_what_is_suggested_fits_without_a_warning(name):
         learn = r.learner(tensor_dls(methods.images(64, 3), bs=r.bs, device='cpu'), methods.encoder(3))
         with learn.no_bar(), learn.no_logging(): r.fit(learn)
     assert len(learn.recorder.lrs)==2
+
+# What a batch takes
+
+photos = [(375,500), (500,375), (1200,1600), (200,300), (100,4000), (512,512)]
+
+def test_bytes_of_images():
+    r = get_recipe('swav_200ep')
+    for kw,want in ((dict(), [375*500, 500*375, 512*683, 200*300, 100*300, 512*512]), (dict(short_side=150), [150*200, 200*150, 150*200, 150*225, 100*300, 150*150]), (dict(max_aspect=1.), [375*375, 375*375, 512*512, 200*200, 100*100, 512*512])):
+        pixels,views = r.image_bytes(photos, **kw)
+        assert pixels.tolist()==[3*o for o in want] and views==4*3*(2*224*224+6*96*96)
+        assert r.image_bytes(photos, n_in=5, **kw)[0].tolist()==[5*o for o in want]
+
+def said(f, capsys):
+    f()
+    return capsys.readouterr().out.splitlines()
+
+def test_what_a_batch_takes_is_said(capsys):
+    pixels,views = [3*o for o in (100*300, 200*300, 375*500, 375*500, 512*512, 512*683)],4*3*(2*224*224+6*96*96)
+    for gpus in (1,4):
+        *_,line,small = said(lambda: get_recipe('swav_200ep').suggest(1_000_000, photos, gpus=gpus), capsys)
+        typical,largest,n = pixels[2],pixels[-1],4096//gpus
+        assert line==(f'An image takes {typical/1e6:.3g} MB of pixels (the largest of 6: {largest/1e6:.3g} MB) and {views/1e6:.3g} MB of views: '
+                      f'{n} of them make a batch of {n*(typical+views)/1e6:.3g} MB, or of {n*(largest+views)/1e6:.3g} MB if all are as large as that.')
+        assert small.startswith('2 of 6 images have a shorter side of fewer pixels than the largest crop')
+    assert not [o for o in said(lambda: get_recipe('swav_200ep').suggest(1_000_000, 375), capsys) if 'An image takes' in o]
+
+def test_the_batch_counts_for_the_memory(capsys):
+    "At a hundredth of a GB nothing fits, and the message says what an image takes"
+    r,views = get_recipe('swav_200ep'),4*3*(2*224*224+6*96*96)
+    def takes(size):
+        with pytest.raises(ValueError) as e: r.suggest(1_000_000, size, memory=.01)
+        return float(str(e.value).split('one image takes ')[1].split()[0])
+    activations = r.activation_bytes()/2
+    assert takes(500)==round(activations/1e9, 2) and takes([(5000,15000)]*2+[(300,300)])==round((activations+3*512*1536+views)/1e9, 2)
+
+@pytest.mark.parametrize('size', [(375,500), [], [375], [(1,2,3)]], ids=str)
+def test_wrong_sizes(size):
+    with pytest.raises(ValueError, match='must be pixels of the shorter side, or a list of'): get_recipe('swav_small').suggest(1000, size)
