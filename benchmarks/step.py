@@ -1,6 +1,6 @@
 """What a whole SwAV training step costs: ours, lightly's, and the limit, a step that need not make views, codes and loss. Ten minutes.
 
-Three encoders in float32 on the CPU, with one thread; a projector with 512 hidden and 128 output features and 512 prototypes without queue,
+Three encoders in float32 on the CPU, with all threads; a projector with 512 hidden and 128 output features and 512 prototypes without queue,
 as in lightly's SwAV example; torch's AdamW for all. Images are in memory as uint8. The forms take turns, an epoch of a few steps each.
 Squares are what `image_dls(size=…)` gives. Whole images are 4:3, a third upright, their shorter side 16/7 of the largest view: the largest that
 `image_dls` gives without `size`, with 3.9 times as many pixels as these squares.
@@ -10,7 +10,7 @@ Squares are what `image_dls(size=…)` gives. Whole images are 4:3, a third upri
 - lightly: the loop of its SwAV example, with `SwaVTransform` in 0 or 2 worker processes, `SwaVProjectionHead`, `SwaVPrototypes`, `SwaVLoss`.
 - s: seconds a step, those of an epoch divided by its steps, the median of the rounds. Ratios are medians over the rounds too.
 - MiB: the highest memory of a run in a process of its own, workers, Python and libraries included, sampled.
-- MB a batch: bytes of a batch of images, as it would move to a device.
+- MB a batch: bytes of a batch of images, as it moves to a device.
 
 The last table says where our step spends its seconds, and where the limit does. Run with the argument `compile`, the script compares
 the limit for ResNet-18 with and without torch.compile instead: a few minutes, needs a C++ compiler.
@@ -133,8 +133,7 @@ def memory(form, name):
 
 def megabytes(form, new, nf, bs, px, counts, sizes):
     "Of a batch"
-    x = images(form, bs, bs, px, sizes).one_batch()[0]
-    return x.numel()*x.element_size()/1e6
+    return images(form, bs, bs, px, sizes).one_batch()[0].numel()/1e6 # uint8; `one_batch` alone makes floats of squares
 
 def compare(name, peers):
     "Rows of the case `name`, with lightly in the forms `peers`; and rows with the parts of ours and of the limit"
@@ -160,7 +159,6 @@ def compiled(steps=2):
     print(table([{'form': nm, 's': s[nm]/steps, 'time / eager': r[nm], 's to compile': first[nm]-s[nm]} for nm in forms]))
 
 if __name__=='__main__':
-    torch.set_num_threads(1)
     if sys.argv[1:]==['compile']: compiled(); sys.exit()
     if len(sys.argv)>1: # a process of its own, for its memory
         form,name = sys.argv[1:]

@@ -23,8 +23,12 @@ def encoder(n_in=1, bn=True):
 
 def model(name, n_in=1, enc=None, **kwargs):
     create = methods[name].create_model
-    kwargs = taken(create, hidden_size=16, projection_size=8, n_protos=10, teacher=encoder(n_in, bn=False)) | kwargs
-    return create(encoder(n_in) if enc is None else enc, **kwargs)
+    enc = encoder(n_in) if enc is None else enc
+    if 'teacher' in inspect.signature(create).parameters: # a network to learn from, the same in every process
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            kwargs.setdefault('teacher', encoder(n_in, bn=False))
+    return create(enc, **(taken(create, hidden_size=16, projection_size=8, n_protos=10) | kwargs))
 
 def augs(name, size=12, **kwargs):
     get = methods[name].get_aug_pipelines

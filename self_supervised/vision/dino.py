@@ -6,7 +6,7 @@
 __all__ = ['get_dino_aug_pipelines', 'DINOHead', 'DINOModel', 'create_dino_model', 'dino_loss', 'DINO', 'clip_each',
            'classes_for', 'class_attention', 'show_attention']
 
-# %% ../../nbs/47_vision.dino.ipynb #0a8ec4e8
+# %% ../../nbs/47_vision.dino.ipynb #65176f66
 from collections.abc import Callable
 
 import torch
@@ -30,7 +30,7 @@ from ..pixels import unit_float
 from ..sinkhorn import sinkhorn_knopp
 from ..teacher import EMATeacher, TeacherCallback
 
-# %% ../../nbs/47_vision.dino.ipynb #c6a2f9ca
+# %% ../../nbs/47_vision.dino.ipynb #bae33e96
 @crop_kinds('num_crops', 'crop_sizes', 'min_scales', 'max_scales')
 @delegates(get_batch_augs, but=['size', 'resize_scale', 'solarize_p'])
 def get_dino_aug_pipelines(
@@ -58,7 +58,7 @@ def get_dino_aug_pipelines(
     for nc,sz,lo,hi in zip(ns, crop_sizes[1:], min_scales[1:], max_scales[1:]): res += get_multi_aug_pipelines(nc, sz, resize_scale=(lo,hi), blur_p=blur_p, **kwargs)
     return res
 
-# %% ../../nbs/47_vision.dino.ipynb #9b5f5318
+# %% ../../nbs/47_vision.dino.ipynb #834f7a6d
 class _Directions(nn.Module):
     "A linear layer whose weights are a direction `weight_v` for each class, of any length, times 1 or `weight_g`; PyTorch's weight norms are deprecated, or refuse the pickle of `learn.export`"
     def __init__(self, n_in, n_out, learned):
@@ -105,7 +105,7 @@ class DINOHead(nn.Module):
         "Scores"
         return self.last_layer(self.project(feats))
 
-# %% ../../nbs/47_vision.dino.ipynb #3c036b96
+# %% ../../nbs/47_vision.dino.ipynb #af217d79
 class DINOModel(nn.Module):
     "Encoder and head, the teacher that follows them, and the centre of what it says"
     def __init__(self,
@@ -146,7 +146,7 @@ def create_dino_model(
     "A `DINOModel` around `encoder`"
     return DINOModel(nn.Sequential(encoder, DINOHead(n_features or encoder_dim(encoder), n_protos, bn, norm_last_layer, nlayers, hidden_size, projection_size)))
 
-# %% ../../nbs/47_vision.dino.ipynb #bcda61f1
+# %% ../../nbs/47_vision.dino.ipynb #e7df592d
 def dino_loss(
     scores:Tensor, # (V,B,K) scores of all views by the student
     targets:Tensor, # (A,B,K) probabilities of the assigning views by the teacher; no gradient flows into them
@@ -162,7 +162,7 @@ def dino_loss(
     pairs = sum((all_lse-lse[a] - (o*(all_s-s[a])).sum(1)).mean() for a,o in zip(ids, q))
     return pairs/(len(q)*(len(s)-1))
 
-# %% ../../nbs/47_vision.dino.ipynb #406e30ce
+# %% ../../nbs/47_vision.dino.ipynb #355b4a4f
 _scheds = dict(cos=SchedCos, lin=SchedLin, exp=SchedExp, no=SchedNo)
 
 def _sched(name, o):
@@ -213,7 +213,7 @@ class DINO(TeacherCallback):
         "`large_crop_ids`, as all methods with a teacher call them"
         return self.large_crop_ids
 
-# %% ../../nbs/47_vision.dino.ipynb #aa969d0a
+# %% ../../nbs/47_vision.dino.ipynb #64a48876
 @patch
 @torch.no_grad()
 def codes(self:DINO,
@@ -243,7 +243,7 @@ def lf(self:DINO,
     if self.training and self.centring=='centre': self._move_centre(self.target)
     return all_mean(dino_loss(scores, self.last_codes, self.large_crop_ids, self.tps), scores.shape[1])
 
-# %% ../../nbs/47_vision.dino.ipynb #b329218c
+# %% ../../nbs/47_vision.dino.ipynb #4b61666a
 @patch
 def schedules(self:DINO) -> dict: # name → function of the share of training that is done
     "Momentum and temperature of the teacher, the frozen last layer, and perhaps weight decay"
@@ -276,7 +276,7 @@ def after_fit(self:DINO):
     if self._wd is not None: self.opt.set_hyper('wd', self._wd)
     self._wd = None
 
-# %% ../../nbs/47_vision.dino.ipynb #6b068697
+# %% ../../nbs/47_vision.dino.ipynb #befd31cc
 def clip_each(
     params:list, # parameters; those without gradient are left out
     clip:float, # largest length
@@ -300,7 +300,7 @@ def before_step(self:DINO):
     if vars(self.learn).get('scaler'): self.learn.scaler.unscale_(self.learn.mixed_precision)
     clip_each(m.parameters(), self.clip)
 
-# %% ../../nbs/47_vision.dino.ipynb #bb0d5297
+# %% ../../nbs/47_vision.dino.ipynb #87ac0890
 def classes_for(
     n_images:int, # images to train on
 ) -> int: # classes, 50 or more
@@ -325,7 +325,7 @@ def suggest(cls:DINO,
     "Classes"
     return [('between the 65,536 for the 1.28 M images of ImageNet and the 200 that do for 5,000', dict(n_protos=classes_for(n_images)))] if 'n_protos' in recipe.args else []
 
-# %% ../../nbs/47_vision.dino.ipynb #912871e3
+# %% ../../nbs/47_vision.dino.ipynb #7afe134c
 _vit = dict(arch='vit_small_patch16_224', pool_type='token', opt='adam', lr_start=0., lr_final=1e-6, warmup_epochs=10., mom=.9, wd=.04, wd_end=.4, precision='fp16',
             num_crops=(2,8), crop_sizes=(224,96), min_scales=(.4,.05), max_scales=(1.,.4), jitter_s=.5, saturation=.5, jitter_p=.8, bw_p=.2, blur_ps=(1.,.1), blur_p=.5, blur_s=(.1,2.),
             solarize_ps=(0.,.2), hidden_size=2048, projection_size=256, n_protos=65536, bn=False, nlayers=3, norm_last_layer=True, large_crop_ids=(0,1), cmom=.9, tmom_start=.996, tmom_end=1.,
@@ -349,7 +349,7 @@ register_method('dino', DINO, DINOModel, create_dino_model, get_dino_aug_pipelin
         dino_vits16   = OfficialWeights('vit_small_patch16_224', 'DINO', 800, 1024, '2×224 + 10×96', 77.0, _url.format('dino_deitsmall16')),
         dino_resnet50 = OfficialWeights('resnet50', 'DINO', 800, 4080, '2×224 + 6×96', 75.3, _url.format('dino_resnet50'))));
 
-# %% ../../nbs/47_vision.dino.ipynb #25bd922b
+# %% ../../nbs/47_vision.dino.ipynb #7ef23fef
 def class_attention(
     encoder:nn.Module, # a vision transformer of timm, or a Learner or model around one
     x:Tensor, # (B,C,H,W), as the encoder takes them, in multiples of its patch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['get_distill_aug_pipelines', 'DistillModel', 'create_distill_model', 'distill_loss', 'Distill']
 
-# %% ../../nbs/48_vision.distill.ipynb #e142fc03
+# %% ../../nbs/48_vision.distill.ipynb #5c1b14b1
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from ..pipelines import check_view_ids
 from ..queue import FeatureQueue
 from ..transforms import NormalizeView
 
-# %% ../../nbs/48_vision.distill.ipynb #c0ee1764
+# %% ../../nbs/48_vision.distill.ipynb #e884e546
 @delegates(get_batch_augs, but=['size', 'resize_scale', 'jitter_s'])
 def get_distill_aug_pipelines(
     size:int|tuple, # of the views: pixels of the side, or (h,w)
@@ -37,7 +37,7 @@ def get_distill_aug_pipelines(
     "View pipelines for distillation"
     return get_multi_aug_pipelines(n, size, resize_scale=resize_scale, jitter_s=jitter_s, **kwargs)
 
-# %% ../../nbs/48_vision.distill.ipynb #41b8ea45
+# %% ../../nbs/48_vision.distill.ipynb #fd2019f8
 class DistillModel(nn.Module):
     "Encoder and projector, which learn, and a frozen teacher"
     def __init__(self,
@@ -65,6 +65,15 @@ class DistillModel(nn.Module):
         "Projections of a list of views, or of one batch of images"
         return self.projector(multicrop(self.encoder, x if isinstance(x, (list,tuple)) else [x]))
 
+    def get_extra_state(self):
+        "What tells this teacher from another"
+        sums = [torch.stack([p.double().sum(), p.double().abs().sum()]).cpu() for p in self.teacher.parameters()]
+        return torch.stack(sums).sum(0) if sums else torch.zeros(2, dtype=torch.float64)
+
+    def set_extra_state(self, state):
+        if not torch.allclose(self.get_extra_state(), state, rtol=1e-4): raise ValueError(
+            'this model was trained with another teacher, and teachers are not saved: make it with the same one, with the same weights, and load again')
+
     @torch.no_grad()
     def teach(self,
         views:list, # A tensors (B,C,h,w), normalised as the teacher wants them
@@ -91,16 +100,15 @@ def create_distill_model(
     fastai_init:bool=True, # initial weights of the projector as fastai draws them; False: as PyTorch does
 ) -> DistillModel: # ready to train
     "A `DistillModel` around `encoder`"
-    n_in = encoder_channels(encoder)
-    if not isinstance(teacher, nn.Module): teacher = create_encoder(teacher, teacher_weights, n_in)
+    if not isinstance(teacher, nn.Module): teacher = create_encoder(teacher, teacher_weights, encoder_channels(encoder))
     if teacher_size is not None: teacher_size = check_size(teacher_size)
-    width = encoder_dim(teacher, n_in=n_in)
+    width = encoder_dim(teacher, teacher_size)
     if projection_size not in (None, width): raise ValueError(f'projection_size={projection_size}, and the teacher gives {width} features: the student has to give as many; leave projection_size out')
     projector = create_mlp_module(n_features or encoder_dim(encoder), hidden_size, width, bn=bn, nlayers=nlayers)
     if fastai_init: apply_init(projector)
     return DistillModel(encoder, projector, teacher, teacher_size)
 
-# %% ../../nbs/48_vision.distill.ipynb #811cce30
+# %% ../../nbs/48_vision.distill.ipynb #43104e1d
 def distill_loss(
     z:Tensor, # (V,B,D) projections of all views, of any length
     targets:Tensor, # (A,B,D) features of the teacher, of any length; no gradient flows into them
@@ -117,7 +125,7 @@ def distill_loss(
     codes = [_sims(o, o, temp_teacher).softmax(1) for o in t]
     return torch.stack([-(c*F.log_softmax(_sims(x, o, temp), 1)).sum(1).mean() for o,c in zip(t, codes) for x in z]).mean()
 
-# %% ../../nbs/48_vision.distill.ipynb #04f362d0
+# %% ../../nbs/48_vision.distill.ipynb #ad6a1971
 class Distill(SSLCallback):
     "Learn from a frozen teacher"
     def __init__(self,
@@ -170,10 +178,7 @@ class Distill(SSLCallback):
         "If all is one, look at the teacher: does it tell these images apart?"
         return ['teacher: does it tell these images apart? Its size and its normalisation (teacher_size, teacher_stats) must be those it was trained with', *state.look, *state.slower]
 
-# %% ../../nbs/48_vision.distill.ipynb #dd323551
+# %% ../../nbs/48_vision.distill.ipynb #b26d0cb0
 register_method('distill', Distill, DistillModel, create_distill_model, get_distill_aug_pipelines, distill_loss, recipes=dict(
     distill_resnet18 = dict(about='Ours, after Fang et al. 2021: ResNet-18 learns from a ResNet-50 of timm; not measured.', arch='resnet18', bs=256, epochs=200, opt='sgd', lr=.03, lr_start=.03, lr_final=0., warmup_epochs=0.,
-                            wd=1e-4, size=224, n=2, resize_scale=(.2,1.), jitter_s=.5, teacher='resnet50', crop_assgn_ids=(0,1)),
-    distill_small    = dict(bs=128, epochs=12, opt='adam', lr_start=4e-4, lr=4e-3, lr_final=4e-6, warmup_epochs=1., mom=.9, wd=.01, precision='fp32', arch='test_resnet', low_resolution=True,
-                            size=28, n=2, resize_scale=(.4,1.), bw=False, blur=False, hidden_size=512, teacher='resnet18', teacher_size=64,
-                            about='Ours, for small grey images; not measured: it learns from weights that have to be fetched.')));
+                            wd=1e-4, size=224, n=2, resize_scale=(.2,1.), jitter_s=.5, teacher='resnet50', crop_assgn_ids=(0,1))));

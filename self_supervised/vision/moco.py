@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['get_moco_aug_pipelines', 'MoCoModel', 'create_moco_model', 'moco_loss', 'MOCO']
 
-# %% ../../nbs/44_vision.moco.ipynb #758bf0a2
+# %% ../../nbs/44_vision.moco.ipynb #6e5f2adc
 import math
 
 import torch
@@ -24,7 +24,7 @@ from ..multicrop import multicrop
 from ..queue import FeatureQueue
 from ..teacher import EMATeacher, TeacherCallback
 
-# %% ../../nbs/44_vision.moco.ipynb #e33e9fa0
+# %% ../../nbs/44_vision.moco.ipynb #5120229b
 @delegates(get_asymmetric_aug_pipelines)
 def get_moco_aug_pipelines(
     size:int|tuple, # of the views: pixels of the side, or (h,w); 224 in the papers
@@ -38,7 +38,7 @@ def get_moco_aug_pipelines(
     res = get_asymmetric_aug_pipelines(size, resize_scale=resize_scale, saturation=saturation, blur_ps=blur_ps, solarize_ps=solarize_ps, **kwargs)
     return res if len({*zip(blur_ps, solarize_ps)})>1 else [ViewPipeline(res[0].fs, split_idx=0) for _ in res]
 
-# %% ../../nbs/44_vision.moco.ipynb #5565248e
+# %% ../../nbs/44_vision.moco.ipynb #08b27b34
 class MoCoModel(nn.Module):
     "Encoder, projector and perhaps predictor, the teacher that follows the first two, and the queue of its keys as part of the state"
     def __init__(self,
@@ -81,7 +81,7 @@ def create_moco_model(
         for o in parts: apply_init(o)
     return MoCoModel(encoder, *parts)
 
-# %% ../../nbs/44_vision.moco.ipynb #3b9934ff
+# %% ../../nbs/44_vision.moco.ipynb #f43dea0b
 def moco_loss(
     q:Tensor, # (V,B,D) queries of all views that ask, of any length
     k:Tensor, # (A,B,D) keys of the assigning views by the teacher, of any length; no gradient flows into them
@@ -105,7 +105,7 @@ def moco_loss(
         own   = sum(sizes[:rank()])+torch.arange(k.shape[1], device=k.device)
         return 2*temp*sum(F.cross_entropy(q[v]@keys[:,i].T/temp, own) for i,v in pairs)/len(pairs)
 
-# %% ../../nbs/44_vision.moco.ipynb #8b144000
+# %% ../../nbs/44_vision.moco.ipynb #9fdb34cb
 class MOCO(TeacherCallback):
     "Pretrain with MoCo, version 2 or 3"
     def __init__(self,
@@ -122,6 +122,7 @@ class MOCO(TeacherCallback):
         if temp<=0: raise ValueError(f'temp={temp} must be positive: 0.07 to 1 are usual')
         super().__init__(aug_pipelines, m, (m if K else 1.) if m_end is None else m_end, crop_assgn_ids, print_augs)
         self.K,self.temp,self.running_bn,ids = K and int(K),temp,running_bn,self.crop_assgn_ids
+        self.n_negs = self.K or 0
         self.query_ids = [i for i in range(len(self.aug_pipelines)) if ids!=[i]]
 
     def before_fit(self):
@@ -152,30 +153,16 @@ class MOCO(TeacherCallback):
         super().stepped()
         if now: torch._foreach_lerp_(now, old, self.now['m'])
 
-# %% ../../nbs/44_vision.moco.ipynb #4898b53e
+# %% ../../nbs/44_vision.moco.ipynb #e93ae98f
 @patch(as_prop=True)
 def queue(self:MOCO) -> FeatureQueue: # None if there is none
     "The queue of the model, if it is used at all"
     return self.ssl_model.queue if self.K else None
 
 @patch(as_prop=True)
-def chance(self:MOCO) -> float: # ln(1+K); 2τ·ln B without a queue, with the images B of all processes
+def chance(self:MOCO) -> float: # ln(1+n) with n negatives, K once the queue is full; times 2τ without a queue
     "The loss of a model that gives every image the same projection"
-    return math.log1p(self.K) if self.K else 2*self.temp*math.log(len(self.views[0])*world_size())
-
-@patch
-@torch.no_grad()
-def negatives(self:MOCO,
-    k:Tensor, # (A,B,D) keys
-) -> Tensor: # (K,D), of unit length; None without a queue
-    "The keys in the queue, and random directions where there are none yet"
-    if not self.K: return
-    q,D = self.queue,k.shape[2]
-    q.resize(1, self.K, D)
-    if not q.full: # the same on all processes, and no number of the training's generators
-        rest = torch.randn(self.K-q.feats.shape[1], D, generator=torch.Generator().manual_seed(0)).to(q.feats)
-        q.feats = torch.cat([*([q.feats] if len(q.feats) else []), F.normalize(rest, dim=1)[None]], 1)
-    return q.feats[0]
+    return math.log1p(self.n_negs)*(1 if self.K else 2*self.temp)
 
 @patch
 def lf(self:MOCO,
@@ -184,8 +171,13 @@ def lf(self:MOCO,
     "The loss of this batch, joined over processes; then its keys join the queue"
     k,asks = F.normalize(self.target, dim=2),self.query_ids
     ids  = [asks.index(a) if a in asks else None for a in self.crop_assgn_ids]
-    loss = moco_loss(pred.unflatten(0, (len(asks),-1)), k, self.temp, self.negatives(k), ids, self.equal_sizes)
+    if self.K: self.queue.resize(1, self.K, k.shape[2])
+    past = self.queue.feats[0] if self.K and len(self.queue.feats) else None
+    loss = moco_loss(pred.unflatten(0, (len(asks),-1)), k, self.temp, past, ids, self.equal_sizes)
+    if self.K and past is None: loss = loss/(2*self.temp)
+    self.n_negs = len(past) if past is not None else k.shape[1]*world_size()-1
     if self.K and self.training: self.queue.push(k.transpose(0,1).flatten(0,1)[None], self.equal_sizes)
+    if len(self.ssl_model.queue.feats): self.queue.feats = self.queue.feats.flatten(0,1)[None] # no longer a slice, into which `DistributedDataParallel` cannot write
     return all_mean(loss, k.shape[1])
 
 @patch
@@ -205,7 +197,7 @@ def suggest(cls:MOCO,
     if not recipe.args.get('K'): return []
     return [('keys for 5 % of the images, as in the paper, but of one batch or more', dict(K=max(n_images//20, recipe.bs)))]
 
-# %% ../../nbs/44_vision.moco.ipynb #d111f9c5
+# %% ../../nbs/44_vision.moco.ipynb #b678834b
 _v2 = dict(arch='resnet50', opt='sgd', bs=256, lr=.03, lr_start=.03, lr_final=0., warmup_epochs=0., wd=1e-4, wd_bn_bias=True, size=224, resize_scale=(.2,1.), jitter_s=.5, saturation=1., jitter_p=.8, bw_p=.2,
            blur_s=(.1,2.), blur_ps=(.5,.5), solarize_ps=(0.,0.), hidden_size=2048, projection_size=128, bn=False, fastai_init=False, K=65536, m=.999, temp=.2, crop_assgn_ids=(1,), running_bn=True)
 _v3 = dict(arch='resnet50', opt='lars', bs=4096, lr_start=0., lr_final=0., warmup_epochs=10., wd=1e-6, size=224, resize_scale=(.2,1.), jitter_s=.5, saturation=.5, jitter_p=.8, bw_p=.2, blur_s=(.1,2.),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['get_simsiam_aug_pipelines', 'SimSiamModel', 'create_simsiam_model', 'simsiam_loss', 'SimSiam', 'predictor_splitter']
 
-# %% ../../nbs/46_vision.simsiam.ipynb #48e4bb4e
+# %% ../../nbs/46_vision.simsiam.ipynb #52b340cc
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
@@ -23,7 +23,7 @@ from ..methods import register_method
 from ..multicrop import multicrop
 from ..pipelines import check_view_ids
 
-# %% ../../nbs/46_vision.simsiam.ipynb #f64e80c4
+# %% ../../nbs/46_vision.simsiam.ipynb #66400607
 @delegates(get_batch_augs, but=['size', 'jitter_s'])
 def get_simsiam_aug_pipelines(
     size:int|tuple, # of the views: pixels of the side, or (h,w); 224 in the paper
@@ -33,7 +33,7 @@ def get_simsiam_aug_pipelines(
     "View pipelines for SimSiam: two of the same kind"
     return get_multi_aug_pipelines(2, size, jitter_s=jitter_s, **kwargs)
 
-# %% ../../nbs/46_vision.simsiam.ipynb #f401bb49
+# %% ../../nbs/46_vision.simsiam.ipynb #8a69a611
 class SimSiamModel(nn.Module):
     "Encoder, projector and predictor"
     def __init__(self,
@@ -46,9 +46,10 @@ class SimSiamModel(nn.Module):
 
     def forward(self,
         x:Tensor|list, # views [(B,C,h,w),…], of any sizes, or images (B,C,H,W)
-    ) -> tuple: # projections (V·B,D) and predictions (V·B,D), view by view
-        "Projections and predictions of a list of views, or of one batch of images"
-        z = self.projector(multicrop(self.encoder, x if isinstance(x, (list,tuple)) else [x]))
+    ) -> tuple|Tensor: # projections and predictions (V·B,D), view by view; or projections (B,D)
+        "Projections and predictions of a list of views; projections of one batch of images"
+        if not isinstance(x, (list,tuple)): return self.projector(self.encoder(x))
+        z = self.projector(multicrop(self.encoder, x))
         return z, self.predictor(z)
 
 def create_simsiam_model(
@@ -69,7 +70,7 @@ def create_simsiam_model(
         for o in (projector,predictor): apply_init(o)
     return SimSiamModel(encoder, projector, predictor)
 
-# %% ../../nbs/46_vision.simsiam.ipynb #934b9285
+# %% ../../nbs/46_vision.simsiam.ipynb #7d47d5d0
 def simsiam_loss(
     preds:Tensor, # (V,B,D) predictions of all views, of any length
     targets:Tensor, # (A,B,D) projections of the assigning views; no gradient flows into them
@@ -82,7 +83,7 @@ def simsiam_loss(
     total = p.sum(0)
     return -sum(((total-p[a])*o).sum(1).mean() for a,o in zip(ids, t))/(len(t)*(len(p)-1))
 
-# %% ../../nbs/46_vision.simsiam.ipynb #8fd60f92
+# %% ../../nbs/46_vision.simsiam.ipynb #5a120bfe
 class SimSiam(SSLCallback):
     "Pretrain with SimSiam"
     min_views = 2
@@ -98,9 +99,9 @@ class SimSiam(SSLCallback):
     def lf(self,
         pred:tuple, # projections (V·B,D) and predictions (V·B,D) from the model
     ) -> Tensor: # scalar
-        "The loss of this batch, joined over processes"
+        "One more than the loss of this batch, joined over processes: `lr_find` of fastai takes a loss below zero for one that has diverged"
         z,p = (o.unflatten(0, (len(self.views),-1)) for o in pred)
-        return all_mean(simsiam_loss(p, z[self.crop_assgn_ids], self.crop_assgn_ids), p.shape[1])
+        return all_mean(1+simsiam_loss(p, z[self.crop_assgn_ids], self.crop_assgn_ids), p.shape[1])
 
     def remedies(self,
         state, # a `Symptoms` of the monitor
@@ -108,7 +109,7 @@ class SimSiam(SSLCallback):
         "Batch norm, and a small learning rate, keep SimSiam from saying the same of everything"
         return [*state.look, *state.add_bn, *state.slower, *state.change(fix_predictor_lr=True), *state.larger_batch, *state.easier_views]
 
-# %% ../../nbs/46_vision.simsiam.ipynb #fb50e127
+# %% ../../nbs/46_vision.simsiam.ipynb #147830bb
 def predictor_splitter(
     m:nn.Module, # a `SimSiamModel`
 ) -> L: # two lists of parameters
@@ -126,9 +127,10 @@ def after_create(self:SimSiam):
 def before_fit(self:SimSiam):
     "Find the predictor's group"
     SSLCallback.before_fit(self)
+    if not self.fix_predictor_lr or self.opt is None: return # or it does not train
     self.predictor_lr,own = 0.,{id(o) for o in self.ssl_model.predictor.parameters()}
     self.predictor_groups = [i for i,ps in enumerate(self.opt.param_lists) if own and {id(o) for o in ps} <= own]
-    if self.fix_predictor_lr and sum(len(self.opt.param_lists[i]) for i in self.predictor_groups)<len(own): raise ValueError(
+    if sum(len(self.opt.param_lists[i]) for i in self.predictor_groups)<len(own): raise ValueError(
         'fix_predictor_lr=True, and the optimizer has no group for the predictor alone: make the Learner with splitter=predictor_splitter (before its first fit)')
 
 @patch
@@ -139,7 +141,7 @@ def before_step(self:SimSiam):
     self.predictor_lr = max([self.predictor_lr, *(lrs[i] for i in self.predictor_groups)])
     self.opt.set_hyper('lr', [self.predictor_lr if i in self.predictor_groups else lr for i,lr in enumerate(lrs)])
 
-# %% ../../nbs/46_vision.simsiam.ipynb #09153302
+# %% ../../nbs/46_vision.simsiam.ipynb #eb0bcce8
 register_method('simsiam', SimSiam, SimSiamModel, create_simsiam_model, get_simsiam_aug_pipelines, simsiam_loss, recipes=dict(
     simsiam_100ep = dict(about='Chen and He 2020; ImageNet, linear: 68.1 % top-1.', arch='resnet50', opt='sgd', bs=256, epochs=100, lr=.05, lr_start=.05, lr_final=0., warmup_epochs=0., wd=1e-4, wd_bn_bias=True,
                          size=224, resize_scale=(.2,1.), jitter_s=.5, jitter_p=.8, bw_p=.2, blur_p=.5, blur_s=(.1,2.), hidden_size=2048, projection_size=2048, bn=True, nlayers=3, predictor_size=512, fastai_init=False, fix_predictor_lr=True),
