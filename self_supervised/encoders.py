@@ -199,15 +199,23 @@ def weights_loader(
 
 def _first_conv(encoder): return first(o for o in encoder.modules() if isinstance(o, nn.modules.conv._ConvNd))
 
+def _with_frozen_patches(encoder):
+    vit = first(o for o in encoder.modules() if hasattr(o, 'patch_embed'))
+    if vit is None: raise ValueError(f'{type(encoder).__name__} has no projection of patches: frozen_patches is for vision transformers')
+    vit.patch_embed.requires_grad_(False)
+    return encoder
+
 def create_encoder(
     arch, # name, fastai or torchvision model function, or any `nn.Module`, which is returned as it is; `resnet18` and others that both libraries know are torchvision's
     pretrained:bool|str|Path=None, # load ImageNet weights, unless False; or released ones by name (`'swav_800ep'`, see `official_weights`) or from their file
     n_in:int=3, # channels of the images
     pool_type:str='auto', # a `PoolingType`, see `create_fastai_encoder` and `create_timm_encoder`; 'auto': the average with released weights, as they were trained, else `CatAvgMax`, two features a channel
     low_resolution:bool=False, # keep the full resolution in the stem, for small images
+    frozen_patches:bool=False, # leave the projection of the patches of a vision transformer as it is, which keeps its training stable (MoCo v3, section 4.2)
     **kwargs # passed to the model's function or to `timm.create_model`
 ) -> nn.Module: # (B,n_in,H,W) images to (B,F) features: F=1024 for `resnet18`, 512 with `pool_type='avg'`
     "An encoder from a fastai name or function, else from a timm name"
+    if frozen_patches: return _with_frozen_patches(create_encoder(arch, pretrained, n_in, pool_type, low_resolution, **kwargs))
     released = not isinstance(pretrained, (bool,type(None)))
     if released and not _loaders: raise ValueError(
         f'pretrained={pretrained!r}: import self_supervised.pretrained, or self_supervised.all, which know released weights; or pass True or False')

@@ -36,7 +36,7 @@ class FeatureQueue(nn.Module):
         z = z.detach().transpose(0,1)
         z = all_gather(z, rank_sizes(z, equal_sizes)).transpose(0,1)
         old = [self.feats] if len(self.feats) else []
-        self.feats = torch.cat([z.to(self.feats), *old], 1)[:, :self.length]
+        self.feats = torch.cat([z.to(self.feats), *old], 1)[:, :self.length].clone(memory_format=torch.contiguous_format) # DDP sends no slices
 
     @property
     def local(self) -> Tensor: # (A,n/N,D)
@@ -50,7 +50,7 @@ class FeatureQueue(nn.Module):
     ):
         "Keep what fits: the newest `length` projections, or nothing if views or dimension differ"
         self.length = length
-        if self.feats.shape[::2]==(n_views,dim): self.feats = self.feats[:, :length]
+        if self.feats.shape[::2]==(n_views,dim): self.feats = self.feats[:, :length].clone(memory_format=torch.contiguous_format)
         elif len(self.feats): self.feats = self.feats.new_zeros(0,0,0)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):

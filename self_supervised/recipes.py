@@ -92,6 +92,7 @@ class Recipe:
         arch:str='resnet50', # encoder: a name that `create_encoder` knows
         pool_type:str='avg', # how it pools its features (a `PoolingType`)
         low_resolution:bool=False, # keep the full resolution in its stem, for small images
+        frozen_patches:bool=False, # leave the projection of patches of a vision transformer as it is
         bs:int=4096, # images of a step, on all processes together
         epochs:int=100, # passes over the images
         opt:str='larc', # optimizer: larc, lars, sgd or adam
@@ -153,7 +154,7 @@ class Recipe:
 
     def __repr__(self):
         rest,lines = self.settings,[]
-        groups = {'training':lambda k: k not in self.args and k not in ('arch','pool_type','low_resolution'), 'encoder':lambda k: k not in self.args}
+        groups = {'training':lambda k: k not in self.args and k not in ('arch','pool_type','low_resolution','frozen_patches'), 'encoder':lambda k: k not in self.args}
         groups |= {nm:o.__contains__ for nm,o in _arguments(self.method).items()}
         for nm,mine in groups.items():
             found = {k:rest.pop(k) for k in list(rest) if mine(k)}
@@ -220,7 +221,7 @@ def create_encoder(self:Recipe,
     **kwargs # as in `create_encoder`
 ) -> nn.Module: # (B,n_in,H,W) images to (B,F) features
     "The encoder of the recipe, without pretrained weights unless you ask for them"
-    return create_encoder(self.arch, **(dict(pretrained=False, n_in=n_in, pool_type=self.pool_type, low_resolution=self.low_resolution) | kwargs))
+    return create_encoder(self.arch, **(dict(pretrained=False, n_in=n_in, pool_type=self.pool_type, low_resolution=self.low_resolution, frozen_patches=self.frozen_patches) | kwargs))
 
 @patch
 def create_model(self:Recipe,

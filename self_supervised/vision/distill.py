@@ -17,7 +17,7 @@ from fastai.layers import apply_init
 from ..augmentations import get_batch_augs, get_multi_aug_pipelines
 from ..basics import check_size
 from ..core import SSLCallback
-from ..dist import all_mean
+from ..dist import all_gather, all_mean, rank_sizes
 from ..layers import create_encoder, create_mlp_module, encoder_channels, encoder_dim
 from ..methods import register_method
 from ..multicrop import multicrop
@@ -126,6 +126,11 @@ def distill_loss(
     return torch.stack([-(c*F.log_softmax(_sims(x, o, temp), 1)).sum(1).mean() for o,c in zip(t, codes) for x in z]).mean()
 
 # %% ../../nbs/48_vision.distill.ipynb #ad6a1971
+def _of_all(t, equal_sizes):
+    "The targets (A,B,D) of all processes, in a row"
+    t = t.flatten(0, 1)
+    return all_gather(t, rank_sizes(t, equal_sizes))
+
 class Distill(SSLCallback):
     "Learn from a frozen teacher"
     def __init__(self,
@@ -167,7 +172,7 @@ class Distill(SSLCallback):
     ) -> Tensor: # scalar
         "The loss of this batch, joined over processes; then the queue takes what the teacher said"
         q,z = self.queue,pred.unflatten(0, (len(self.views),-1))
-        past = q.feats[0] if q and len(q.feats) else self.target.flatten(0, 1) if q else None # before there is a past: the batch itself
+        past = q.feats[0] if q and len(q.feats) else _of_all(self.target, self.equal_sizes) if q else None # before there is a past: the batch itself
         loss = all_mean(distill_loss(z, self.target, past, self.temp, self.temp_teacher), z.shape[1])
         if q and self.training: q.push(self.target[:1], self.equal_sizes)
         return loss

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['get_moco_aug_pipelines', 'MoCoModel', 'create_moco_model', 'moco_loss', 'MOCO']
 
-# %% ../../nbs/44_vision.moco.ipynb #6e5f2adc
+# %% ../../nbs/44_vision.moco.ipynb #d0c9d10a
 import math
 
 import torch
@@ -24,7 +24,7 @@ from ..multicrop import multicrop
 from ..queue import FeatureQueue
 from ..teacher import EMATeacher, TeacherCallback
 
-# %% ../../nbs/44_vision.moco.ipynb #5120229b
+# %% ../../nbs/44_vision.moco.ipynb #585f8dc4
 @delegates(get_asymmetric_aug_pipelines)
 def get_moco_aug_pipelines(
     size:int|tuple, # of the views: pixels of the side, or (h,w); 224 in the papers
@@ -38,7 +38,7 @@ def get_moco_aug_pipelines(
     res = get_asymmetric_aug_pipelines(size, resize_scale=resize_scale, saturation=saturation, blur_ps=blur_ps, solarize_ps=solarize_ps, **kwargs)
     return res if len({*zip(blur_ps, solarize_ps)})>1 else [ViewPipeline(res[0].fs, split_idx=0) for _ in res]
 
-# %% ../../nbs/44_vision.moco.ipynb #08b27b34
+# %% ../../nbs/44_vision.moco.ipynb #b1957438
 class MoCoModel(nn.Module):
     "Encoder, projector and perhaps predictor, the teacher that follows the first two, and the queue of its keys as part of the state"
     def __init__(self,
@@ -81,7 +81,7 @@ def create_moco_model(
         for o in parts: apply_init(o)
     return MoCoModel(encoder, *parts)
 
-# %% ../../nbs/44_vision.moco.ipynb #f43dea0b
+# %% ../../nbs/44_vision.moco.ipynb #af2da152
 def moco_loss(
     q:Tensor, # (V,B,D) queries of all views that ask, of any length
     k:Tensor, # (A,B,D) keys of the assigning views by the teacher, of any length; no gradient flows into them
@@ -105,7 +105,7 @@ def moco_loss(
         own   = sum(sizes[:rank()])+torch.arange(k.shape[1], device=k.device)
         return 2*temp*sum(F.cross_entropy(q[v]@keys[:,i].T/temp, own) for i,v in pairs)/len(pairs)
 
-# %% ../../nbs/44_vision.moco.ipynb #9fdb34cb
+# %% ../../nbs/44_vision.moco.ipynb #0da67310
 class MOCO(TeacherCallback):
     "Pretrain with MoCo, version 2 or 3"
     def __init__(self,
@@ -153,7 +153,7 @@ class MOCO(TeacherCallback):
         super().stepped()
         if now: torch._foreach_lerp_(now, old, self.now['m'])
 
-# %% ../../nbs/44_vision.moco.ipynb #e93ae98f
+# %% ../../nbs/44_vision.moco.ipynb #928970ca
 @patch(as_prop=True)
 def queue(self:MOCO) -> FeatureQueue: # None if there is none
     "The queue of the model, if it is used at all"
@@ -177,7 +177,6 @@ def lf(self:MOCO,
     if self.K and past is None: loss = loss/(2*self.temp)
     self.n_negs = len(past) if past is not None else k.shape[1]*world_size()-1
     if self.K and self.training: self.queue.push(k.transpose(0,1).flatten(0,1)[None], self.equal_sizes)
-    if len(self.ssl_model.queue.feats): self.queue.feats = self.queue.feats.flatten(0,1)[None] # no longer a slice, into which `DistributedDataParallel` cannot write
     return all_mean(loss, k.shape[1])
 
 @patch
@@ -197,7 +196,7 @@ def suggest(cls:MOCO,
     if not recipe.args.get('K'): return []
     return [('keys for 5 % of the images, as in the paper, but of one batch or more', dict(K=max(n_images//20, recipe.bs)))]
 
-# %% ../../nbs/44_vision.moco.ipynb #b678834b
+# %% ../../nbs/44_vision.moco.ipynb #7d16eb9b
 _v2 = dict(arch='resnet50', opt='sgd', bs=256, lr=.03, lr_start=.03, lr_final=0., warmup_epochs=0., wd=1e-4, wd_bn_bias=True, size=224, resize_scale=(.2,1.), jitter_s=.5, saturation=1., jitter_p=.8, bw_p=.2,
            blur_s=(.1,2.), blur_ps=(.5,.5), solarize_ps=(0.,0.), hidden_size=2048, projection_size=128, bn=False, fastai_init=False, K=65536, m=.999, temp=.2, crop_assgn_ids=(1,), running_bn=True)
 _v3 = dict(arch='resnet50', opt='lars', bs=4096, lr_start=0., lr_final=0., warmup_epochs=10., wd=1e-6, size=224, resize_scale=(.2,1.), jitter_s=.5, saturation=.5, jitter_p=.8, bw_p=.2, blur_s=(.1,2.),
@@ -209,7 +208,7 @@ register_method('moco', MOCO, MoCoModel, create_moco_model, get_moco_aug_pipelin
     moco_v3_r50_100ep  = dict(about='Code of Chen et al. 2021; ImageNet, linear: 68.9 % top-1.', epochs=100, lr=7.2, **_v3),
     moco_v3_r50_300ep  = dict(like='moco_v3_r50_100ep', about='Code of Chen et al. 2021; ImageNet, linear: 72.8 % top-1.', epochs=300, lr=4.8),
     moco_v3_r50_1000ep = dict(like='moco_v3_r50_100ep', about='Code of Chen et al. 2021; ImageNet, linear: 74.6 % top-1.', epochs=1000, lr=4.8, wd=1.5e-6, m=.996),
-    moco_v3_vits_300ep = dict(like='moco_v3_r50_100ep', about='Code of Chen et al. 2021, with 12 heads and a frozen patch projection; ImageNet, linear: 73.2 % top-1.', arch='vit_small_patch16_224', pool_type='token',
+    moco_v3_vits_300ep = dict(like='moco_v3_r50_100ep', about='Code of Chen et al. 2021, with 12 heads; ImageNet, linear: 73.2 % top-1.', arch='vit_small_patch16_224', pool_type='token', frozen_patches=True,
                               opt='adam', epochs=300, lr=2.4e-3, warmup_epochs=40., wd=.1, wd_bn_bias=True, resize_scale=(.08,1.), nlayers=3, predictor_last_bn=True, temp=.2),
     moco_small         = dict(bs=128, epochs=12, opt='adam', lr_start=4e-4, lr=4e-3, lr_final=4e-6, warmup_epochs=1., mom=.9, wd=.01, precision='fp32', arch='test_resnet', low_resolution=True,
                               size=28, resize_scale=(.4,1.), jitter_s=.5, bw=False, blur=False, solarize=False, hidden_size=512, projection_size=128, bn=True, K=1024, m=.99, temp=.2,
