@@ -40,6 +40,7 @@ class SSLCallback(Callback):
     chance = queue = last_codes = _borrowed = _rng = None
     epoch_settings = {} # setting of a recipe → (argument of the callback, True if it is a part of training and not a number of steps, help)
     transient,per_image = ('views', 'target', 'last_codes', 'now'),()
+    healthy = {} # quantity of the monitor → (lowest, highest healthy value), where they are not the usual ones
     def __init__(self,
         aug_pipelines:list, # view pipelines, one a view, each with `split_idx=0`
         print_augs:bool=False, # print the pipelines

@@ -209,7 +209,7 @@ def create_encoder(
     arch, # name, fastai or torchvision model function, or any `nn.Module`, which is returned as it is; `resnet18` and others that both libraries know are torchvision's
     pretrained:bool|str|Path=None, # load ImageNet weights, unless False; or released ones by name (`'swav_800ep'`, see `official_weights`) or from their file
     n_in:int=3, # channels of the images
-    pool_type:str='auto', # a `PoolingType`, see `create_fastai_encoder` and `create_timm_encoder`; 'auto': the average with released weights, as they were trained, else `CatAvgMax`, two features a channel
+    pool_type:str='auto', # a `PoolingType`, see `create_fastai_encoder` and `create_timm_encoder`; 'auto': with released weights the average, or a transformer's class token, as they were trained, else `CatAvgMax`, two features a channel
     low_resolution:bool=False, # keep the full resolution in the stem, for small images
     frozen_patches:bool=False, # leave the projection of the patches of a vision transformer as it is, which keeps its training stable (MoCo v3, section 4.2)
     **kwargs # passed to the model's function or to `timm.create_model`
@@ -228,7 +228,7 @@ def create_encoder(
     if isinstance(arch, type) or not (isinstance(arch, str) or callable(arch)):
         raise TypeError(f'arch={arch!r} must be a name, a model function or an nn.Module that is already built')
     create = create_fastai_encoder if callable(arch) or arch in _fastai_archs else create_timm_encoder
-    if pool_type=='auto': pool_type = PoolingType.Avg if released else PoolingType.CatAvgMax
+    if pool_type=='auto': pool_type = (None if str(arch).startswith('vit_') else PoolingType.Avg) if released else PoolingType.CatAvgMax # a transformer's class token
     if not released: return create(arch, pretrained is not False, n_in, pool_type, low_resolution, **kwargs)
     encoder = _loaders[0](create(arch, False, n_in, pool_type, **kwargs), pretrained)
     if low_resolution: # after loading, as it makes the stem smaller

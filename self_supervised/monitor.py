@@ -95,6 +95,8 @@ class CollapseMonitor(Watcher):
         if s is None:
             eg = first(ssl_methods().values())
             raise ValueError('CollapseMonitor found no self-supervised method in this Learner: add its callback too' + (f', such as {eg.callback.__name__}(…)' if eg else ''))
+        for k,v in s.healthy.items(): # unless somebody has changed them here
+            if self.healthy[k]==healthy_ranges[k]: self.healthy[k] = (healthy_ranges[k][0], *v)
         chance = vars(s).get('chance', type(s).chance) # not its value, which may depend on a batch
         self.columns = [*(['loss-chance'] if chance is not None else []), *(['protos'] if s.has_codes else []), 'std', 'rank']
         super().before_fit()

@@ -39,11 +39,12 @@ def assert_aug_pipelines(
 def check_view_ids(
     ids:list|int, # positions of views, from 0
     n_views:int, # how many views there are
+    name:str='crop_assgn_ids', # what they are called in an error
 ) -> list: # of ints
     "`ids` as a list, if they are different views"
     ids = list(L(ids))
     if not ids or len(set(ids))<len(ids) or not all(isinstance(i, int) and 0<=i<n_views for i in ids): raise ValueError(
-        f'crop_assgn_ids={ids} must be different numbers from 0 to {n_views-1}, positions in aug_pipelines; usually those of the large crops, [0,1]')
+        f'{name}={ids} must be different numbers from 0 to {n_views-1}, positions in aug_pipelines; usually those of the large crops, [0,1]')
     return ids
 
 # %% ../nbs/03_pipelines.ipynb #9e561175

@@ -124,7 +124,7 @@ def test_history(name, every):
         for k,v in want.items(): assert h[k][i]==pytest.approx(v, rel=1e-3, abs=1e-5), k
     s = methods[name].callback
     assert ('protos' in h)==s.has_codes and ('queue' in h)==(s.queue is not None)
-    assert learn.recorder.metric_names==['epoch','train_loss','valid_loss','loss-chance',*(['protos'] if s.has_codes else []),'std','rank','time'] and len(learn.metrics)==0
+    assert learn.recorder.metric_names==['epoch','train_loss','valid_loss',*(['loss-chance'] if s.chance is not None else []),*(['protos'] if s.has_codes else []),'std','rank','time'] and len(learn.metrics)==0
     for nm,v in zip(learn.recorder.metric_names[3:-1], learn.recorder.values[-1][2:]): assert v==h[nm][-1]
 
 class Plain(SSLCallback):

@@ -95,8 +95,11 @@ def close(a, b):
 def test_released_names():
     names = {'swav_800ep', 'swav_400ep', 'swav_200ep', 'swav_100ep', 'swav_200ep_bs256', 'swav_400ep_bs256', 'swav_400ep_2x224', 'swav_RN50w2_400ep', 'swav_RN50w4_400ep',
              'swav_RN50w5_400ep', 'deepclusterv2_800ep', 'deepclusterv2_400ep', 'deepclusterv2_400ep_2x224', 'selav2_400ep', 'selav2_400ep_2x224'}
-    assert set(official_weights())==names
-    for k,o in official_weights().items():
+    dino = dict(dino_vits16='dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth', dino_resnet50='dino_resnet50_pretrain/dino_resnet50_pretrain.pth')
+    assert set(official_weights())==names|set(dino)
+    for k,v in dino.items(): assert official_weights()[k].url==f'https://dl.fbaipublicfiles.com/dino/{v}' and official_weights()[k].method=='DINO'
+    for k in names:
+        o = official_weights()[k]
         assert o.url==f'https://dl.fbaipublicfiles.com/deepcluster/{k}_pretrain.pth.tar'
         assert str(o.epochs) in k and o.arch==('resnet50'+k[9:11] if 'RN50' in k else 'resnet50') and o.method.split('-')[0].lower() in k
 
@@ -403,7 +406,7 @@ def test_method_that_is_registered_later(monkeypatch, file, tmp_path):
         m.__class__ = LateModel
         return m
     methods.register_method('late', Late, LateModel, create, swav.get_aug_pipelines, swav.loss, weights=dict(late_9ep=OfficialWeights('resnet50', 'Late', 9, 64, '2×224', 1., 'file:///nowhere')))
-    assert list(official_weights())[-1]=='late_9ep' and len(official_weights())==16
+    assert list(official_weights())[-1]=='late_9ep' and len(official_weights())==18
     assert type(create_official_model(file)) is swav.model and type(create_official_model(file, method='late')) is LateModel
     with pytest.raises(ValueError, match="create_encoder\\('resnet50', pretrained='late_9ep'\\)"): create_encoder('resnet18', pretrained='late_9ep')
     monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path))

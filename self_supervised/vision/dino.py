@@ -7,6 +7,7 @@ __all__ = ['get_dino_aug_pipelines', 'DINOHead', 'DINOModel', 'create_dino_model
            'classes_for', 'class_attention', 'show_attention']
 
 # %% ../../nbs/47_vision.dino.ipynb #65176f66
+import math
 from collections.abc import Callable
 
 import torch
@@ -174,6 +175,7 @@ def _sched(name, o):
 class DINO(TeacherCallback):
     "Pretrain with DINO"
     has_codes = True
+    healthy = dict(protos=(.02, math.inf), mean_entropy=(.5, math.inf)) # a centre keeps one class from taking all, and gives none its share
     epoch_settings = dict(tpt_warmup_epochs=('tpt_warmup_pct', True, 'epochs in which the temperature of the teacher moves from its start to its end; None: as `tpt_warmup_pct` says'))
     def __init__(self,
         aug_pipelines:list, # view pipelines, as from `get_dino_aug_pipelines`
@@ -203,7 +205,7 @@ class DINO(TeacherCallback):
         if centring not in ('centre','sinkhorn'): raise ValueError(f"centring={centring!r} must be 'centre' or 'sinkhorn'")
         if wd_end is not None and wd_end<0: raise ValueError(f'wd_end={wd_end} is a weight decay: 0 or more, or None')
         if clip is not None and clip<=0: raise ValueError(f'clip={clip} is the largest length of a gradient: 3 is usual, or None for no limit')
-        self.large_crop_ids = check_view_ids(large_crop_ids, len(self.aug_pipelines))
+        self.large_crop_ids = check_view_ids(large_crop_ids, len(self.aug_pipelines), 'large_crop_ids')
         for nm,v in dict(tmom_sched=tmom_sched, tpt_sched=tpt_sched).items(): _sched(nm, v)
         store_attr('cmom,tmom_start,tmom_end,tmom_sched,tpt_start,tpt_end,tpt_warmup_pct,tpt_sched,tps,freeze_last_layer,centring,wd_end,clip')
         self._wd = None
