@@ -319,10 +319,11 @@ def plot_schedules(
     with no_random(reproducible=False): learn = Learner(dls, nn.Linear(1,1), loss_func=no_loss, cbs=r.create_callback(), wd=r.wd)
     learn.n_epoch = r.epochs
     learn.create_opt()
+    learn.opt.set_hyper('wd', r.wd)
     r._settle(learn, min(r.bs, n_images), [])
     moving = {'lr':warmup_cos(r.lr_start, r.lr, r.lr_final, r.warmup_epochs/r.epochs)} | ssl_callback(learn).schedules()
     shares = [i/1000 for i in range(1001)]
-    axes = L(*subplots(-(-len(moving)//4), min(4, len(moving)), **{'imsize':2.2, 'layout':'constrained', **kwargs})[1].flat)
+    axes = L(*subplots(-(-len(moving)//5), min(5, len(moving)), **{'imsize':2.2, 'layout':'constrained', **kwargs})[1].flat)
     for ax in axes[len(moving):]: ax.set_axis_off()
     for ax,(k,f) in zip(axes, moving.items()):
         ax.plot([o*r.epochs for o in shares], [float(f(o)) for o in shares])

@@ -108,4 +108,4 @@ register_method('byol', BYOL, BYOLModel, create_byol_model, get_byol_aug_pipelin
     byol_1000ep = dict(like='byol_300ep', about='Grill et al. 2020; ImageNet, linear: 74.3 % top-1.', epochs=1000, lr=3.2, wd=1.5e-6, m=.996),
     byol_small  = dict(bs=128, epochs=12, opt='adam', lr_start=4e-4, lr=4e-3, lr_final=4e-6, warmup_epochs=1., mom=.9, wd=.01, precision='fp32', arch='test_resnet', low_resolution=True,
                        size=28, resize_scale=(.4,1.), jitter_s=.5, bw=False, blur=False, solarize=False, hidden_size=512, projection_size=128, m=.98,
-                       about='Ours: Fashion-MNIST.')));
+                       about='Ours, for Fashion-MNIST; not measured yet.')));

@@ -253,7 +253,8 @@ def schedules(self:DINO) -> dict: # name → function of the share of training t
     res = dict(m      = _sched('tmom_sched', self.tmom_sched)(self.tmom_start, self.tmom_end),
                tpt    = lambda share: float(warm(share/pct)) if share<pct else self.tpt_end,
                frozen = lambda share: round(share*self.n_steps) < self.settling)
-    return res if self._wd is None else res | {'opt.wd': SchedCos(self._wd, self.wd_end)} # in a fit
+    wd = self._wd if self._wd is not None or not getattr(self, 'opt', None) else self.opt.hypers[0].get('wd') # of the fit, or of the next one
+    return res if None in (wd, self.wd_end) else res | {'opt.wd': SchedCos(wd, self.wd_end)}
 
 @patch(as_prop=True)
 def settling(self:DINO) -> float: # steps of the optimizer
@@ -346,7 +347,7 @@ register_method('dino', DINO, DINOModel, create_dino_model, get_dino_aug_pipelin
     dino_small          = dict(bs=128, epochs=12, opt='adam', lr_start=4e-4, lr=4e-3, lr_final=4e-6, warmup_epochs=1., mom=.9, wd=.01, precision='fp32', arch='test_resnet', low_resolution=True,
                                num_crops=(2,4), crop_sizes=(28,14), min_scales=(.4,.1), max_scales=(1.,.4), jitter_s=.5, bw=False, blur=False, solarize=False, n_protos=200, hidden_size=512,
                                projection_size=128, bn=True, nlayers=2, tmom_start=.98, tpt_end=.04, freeze_last_layer=.5, clip=3.,
-                               about='Ours: Fashion-MNIST.')),
+                               about='Ours, for Fashion-MNIST; not measured yet.')),
     weights=dict(
         dino_vits16   = OfficialWeights('vit_small_patch16_224', 'DINO', 800, 1024, '2×224 + 10×96', 77.0, _url.format('dino_deitsmall16')),
         dino_resnet50 = OfficialWeights('resnet50', 'DINO', 800, 4080, '2×224 + 6×96', 75.3, _url.format('dino_resnet50'))));

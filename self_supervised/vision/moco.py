@@ -212,4 +212,4 @@ register_method('moco', MOCO, MoCoModel, create_moco_model, get_moco_aug_pipelin
                               opt='adam', epochs=300, lr=2.4e-3, warmup_epochs=40., wd=.1, wd_bn_bias=True, resize_scale=(.08,1.), nlayers=3, predictor_last_bn=True, temp=.2),
     moco_small         = dict(bs=128, epochs=12, opt='adam', lr_start=4e-4, lr=4e-3, lr_final=4e-6, warmup_epochs=1., mom=.9, wd=.01, precision='fp32', arch='test_resnet', low_resolution=True,
                               size=28, resize_scale=(.4,1.), jitter_s=.5, bw=False, blur=False, solarize=False, hidden_size=512, projection_size=128, bn=True, K=1024, m=.99, temp=.2,
-                              about='Ours: Fashion-MNIST.')));
+                              about='Ours, for Fashion-MNIST; not measured yet.')));
