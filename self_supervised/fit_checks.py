@@ -10,6 +10,7 @@ from fastcore.basics import first
 from fastcore.foundation import L
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
+from fastai.callback.training import BnFreeze, bn_types
 from fastai.callback.tracker import TrackerCallback
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize
@@ -58,6 +59,9 @@ def check_callbacks(
     "Raise for callbacks that cannot work beside a method"
     if mixing := first(o for o in learn.cbs if isinstance(o, MixHandler)): raise ValueError(
         f'{type(mixing).__name__} mixes the images of a batch, and a mixture would be learned as an image of its own: leave it out while pretraining')
+    if any(isinstance(o, BnFreeze) for o in learn.cbs) and any(isinstance(o, bn_types) and not o.affine for o in learn.model.modules()): raise ValueError(
+        'BnFreeze asks every batch norm whether its weights are frozen, and this model has one that has none: leave BnFreeze out, and put the norms that should stay into evaluation mode in a callback of your own '
+        '(before_train: for o in learn.model.encoder.modules(): if isinstance(o, nn.BatchNorm2d): o.eval())')
     if learn.cbs.filter(lambda o: isinstance(o, LRFinder)): return # there the others do nothing
     empty = is_empty(learn.dls.valid)
     for o in learn.cbs:

@@ -334,7 +334,7 @@ print(json.dumps(said))
     assert not r.returncode, r.stderr
     *helps,recipe,flag = json.loads(r.stdout)
     assert all(o.startswith('usage: ') and not e and code==0 for o,e,code in helps)
-    assert recipe==['', '', 'ssl_pretrain: --recipe swav_smal is unknown: did you mean swav_small, sela_small?'] and '--lrr is unknown: did you mean --lr?' in flag[1] and flag[2]==2
+    assert recipe==['', '', 'ssl_pretrain: --recipe swav_smal is unknown: did you mean swav_small, sela_small, simsiam_small?'] and '--lrr is unknown: did you mean --lr?' in flag[1] and flag[2]==2
 
 @pytest.mark.parametrize('words,says', [
     ('IMG --recipe swav_smal',                       r'swav_smal is unknown: did you mean swav_small'),
@@ -395,7 +395,7 @@ def test_missing_loggers(images, monkeypatch):
 def run_folder(out):
     "The folder of a run, as far as its settings; they"
     r   = get_recipe('swav_small', bs=64)
-    run = dict(n_in=1, load_size=None, checkpointing=False, seed=42, labelled=False, processes=1)
+    run = dict(n_in=1, load_size=None, squares=False, checkpointing=False, seed=42, labelled=False, processes=1)
     (out/'settings.json').write_text(json.dumps(dict(recipe='swav_small', run=run, settings=r.settings)))
     cli_pretrain._check_same(out, dict(recipe='simclr_small')) # nothing was saved yet
     (out/'checkpoints').mkdir()

@@ -319,7 +319,7 @@ def test_init(images, tmp_path, say, monkeypatch):
 def test_log_is_for_awk(images, tmp_path, say):
     code,out,err = say('ssl_pretrain', images, *tiny, '--epochs', 3, '--out', tmp_path/'run')
     first,head,*rows = out.splitlines()
-    assert first==f'Training on 24 images in batches of 8, 3 steps an epoch, 3 epochs, on cpu, into {tmp_path}/run'
+    assert first==f'Training on 24 whole images, with a shorter side of 64 pixels at most, in batches of 8, 3 steps an epoch, 3 epochs, on cpu, into {tmp_path}/run'
     rows,table = [o.split() for o in rows[:3]],list(csv.DictReader((tmp_path/'run'/'history.csv').open()))
     assert head.split()[:2]==['epoch','train_loss'] and 'valid_loss' not in head and head.split()[-1]=='time' and all(len(o)==len(head.split()) for o in rows)
     for row,want in zip(rows, table):

@@ -103,7 +103,7 @@ class Spy(Callback):
         s = ssl_callback(self.learn)
         q = s.queue
         z = self.pred[0] if isinstance(self.pred, tuple) else self.pred
-        self.seen.append(dict(loss=self.learn.loss.item()-(s.chance or 0.), z=z.detach()[:len(s.views[0])].clone(), codes=None if s.last_codes is None else s.last_codes.clone(),
+        self.seen.append(dict(loss=self.learn.loss.item(), chance=s.chance, z=z.detach()[:len(s.views[0])].clone(), codes=None if s.last_codes is None else s.last_codes.clone(),
                               queue=q.feats.shape[1]/q.length if q is not None and len(q.feats) else None))
 
 @pytest.mark.parametrize('name,every', [*((o,2) for o in methods), *(('swav',o) for o in (1,5,100))])
@@ -117,7 +117,7 @@ def test_history(name, every):
         now = spy.seen[t-1]
         z = F.normalize(now['z'], dim=1)
         s = np.linalg.svd(z.double().numpy(), compute_uv=False); p = s[s>0]/s.sum()
-        want = {'loss-chance': np.mean([o['loss'] for o in spy.seen[t-gap:t]]), 'rank': math.exp(-(p*np.log(p)).sum()), 'std': z.std(0, correction=0).mean().item()*z.shape[1]**.5}
+        want = {'loss-chance': np.mean([o['loss'] for o in spy.seen[t-gap:t]])-(now['chance'] or 0.), 'rank': math.exp(-(p*np.log(p)).sum()), 'std': z.std(0, correction=0).mean().item()*z.shape[1]**.5}
         if methods[name].callback.chance is None: del want['loss-chance'] # a method without it
         if now['codes'] is not None: want |= dict(zip(('mean_entropy','code_entropy'), np.mean([slow_entropies(o) for o in now['codes']], 0)))
         if now['queue'] is not None: want['queue'] = now['queue']

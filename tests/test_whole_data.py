@@ -257,7 +257,7 @@ def steps_of(name, bs, order, folder):
     dls = dls_of(folder/'long', bs=bs, shuffle=False, drop_last=False)
     if order: dls.train.get_idxs = lambda: order
     enc = nn.Sequential(nn.Conv2d(3,6,3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    m   = model(name, enc=enc, **taken(methods[name].create_model, bn=False)).double()
+    m   = model(name, 3, enc=enc, **taken(methods[name].create_model, bn=False)).double()
     learn = Learner(dls, m, opt_func=SGD, path=folder, cbs=[callback(name, [corner(i, o) for i,o in enumerate((5,5,4))]), Record()])
     learn.remove_cbs([Recorder, ProgressCallback]) # fastai's Recorder cannot average losses in float64
     with learn.distrib_ctx(): learn.fit(2, lr=.1, wd=0.)

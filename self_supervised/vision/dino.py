@@ -332,7 +332,7 @@ def suggest(cls:DINO,
 _vit = dict(arch='vit_small_patch16_224', pool_type='token', opt='adam', lr_start=0., lr_final=1e-6, warmup_epochs=10., mom=.9, wd=.04, wd_end=.4, precision='fp16',
             num_crops=(2,8), crop_sizes=(224,96), min_scales=(.4,.05), max_scales=(1.,.4), jitter_s=.5, saturation=.5, jitter_p=.8, bw_p=.2, blur_ps=(1.,.1), blur_p=.5, blur_s=(.1,2.),
             solarize_ps=(0.,.2), hidden_size=2048, projection_size=256, n_protos=65536, bn=False, nlayers=3, norm_last_layer=True, large_crop_ids=(0,1), cmom=.9, tmom_start=.996, tmom_end=1.,
-            tpt_start=.04, tpt_end=.04, tps=.1, freeze_last_layer=1, clip=3.)
+            tpt_start=.04, tpt_end=.04, tps=.1, freeze_last_layer=1., clip=3.)
 _url = 'https://dl.fbaipublicfiles.com/dino/{0}_pretrain/{0}_pretrain.pth'
 
 register_method('dino', DINO, DINOModel, create_dino_model, get_dino_aug_pipelines, dino_loss, recipes=dict(

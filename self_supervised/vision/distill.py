@@ -100,7 +100,7 @@ def create_distill_model(
     fastai_init:bool=True, # initial weights of the projector as fastai draws them; False: as PyTorch does
 ) -> DistillModel: # ready to train
     "A `DistillModel` around `encoder`"
-    if not isinstance(teacher, nn.Module): teacher = create_encoder(teacher, teacher_weights, encoder_channels(encoder))
+    if not isinstance(teacher, nn.Module): teacher = create_encoder(teacher, teacher_weights, encoder_channels(encoder), None if str(teacher).startswith('vit_') else 'avg') # a transformer's class token
     if teacher_size is not None: teacher_size = check_size(teacher_size)
     width = encoder_dim(teacher, teacher_size)
     if projection_size not in (None, width): raise ValueError(f'projection_size={projection_size}, and the teacher gives {width} features: the student has to give as many; leave projection_size out')
