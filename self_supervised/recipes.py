@@ -202,9 +202,9 @@ def get_recipe(
 # %% ../nbs/67_recipes.ipynb #05bd3662
 def setting_info() -> dict: # name → dict(anno, default, docment)
     "Type, default and help of every setting of every method, as its function documents it"
-    res = {k:_docs(Recipe)[k] for k in _own()}
-    for k,(_,_,help) in _in_epochs(*ssl_methods()).items(): res.setdefault(k, AttrDict(anno=float, default=None, docment=help))
-    for m in ssl_methods():
+    res,names = {k:_docs(Recipe)[k] for k in _own()},sorted(ssl_methods()) # whoever was imported first
+    for k,(_,_,help) in _in_epochs(*names).items(): res.setdefault(k, AttrDict(anno=float, default=None, docment=help))
+    for m in names:
         for nm,f in _functions(m).items():
             for k in _args(f): res.setdefault(_setting(nm, k), _docs(f)[k])
     return res
