@@ -11,7 +11,6 @@ from fastai.learner import Learner, Recorder
 from fastai.optimizer import SGD
 from fasttransform import Pipeline
 from torch import nn
-from torch.nn import functional as F
 
 from self_supervised.augmentations import get_asymmetric_aug_pipelines
 from self_supervised.data import fashion_mnist, tensor_dls

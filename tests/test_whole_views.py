@@ -2,7 +2,7 @@
 import pickle, warnings
 from contextlib import nullcontext
 
-import numpy as np, pytest, torch
+import pytest, torch
 import torchvision.transforms as T, torchvision.transforms.v2.functional as tvf
 from fastai.torch_core import TensorImage, set_seed
 from fastai.vision.all import Pipeline
