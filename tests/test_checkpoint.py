@@ -179,7 +179,7 @@ def test_state_of_all_kinds(tmp_path):
 
 @pytest.mark.parametrize('o', [np.arange(6).reshape(2,3), np.array(2.5), np.zeros((0,3)), np.arange(4.)[::-2], np.array([1,2], '>i4'), np.array([1,2], np.uint16), np.array([True]), np.array([1j]),
     np.array([['a','bc']]), np.array([b'a']), {1,'a'}, frozenset({(1,2)}), Path('a/b'), deque([np.ones(2), {1}]), {'set':[1]}, {'cpu':1}, {'a':{'path':'x'}}, {Path('a'):1, 2:3}, {(Path('a'),1):np.ones(1)},
-    b'\0', 1+2j, [{1}, (Path('.'),)], None, [], {}, float('inf'), 2**70], ids=repr)
+    b'\0', 1+2j, [{1}, (Path('.'),)], None, [], {}, float('inf'), 2**70], ids=lambda o: type(o).__name__) # the words of a set have another order in each process
 def test_plain_and_back(tmp_path, o):
     "Through a file, which holds tensors, numbers, strings, lists and dicts only"
     write_atomic(plain(o), tmp_path/'x')
