@@ -1,10 +1,12 @@
 "A small Learner for every registered method: which arguments a method takes is read from its signatures"
 import inspect
 from contextlib import contextmanager
+from functools import partial
 
 import pytest, torch
 from fastai.learner import Learner
 from fastcore.foundation import L
+from fasttransform import Pipeline
 from torch import nn
 
 import self_supervised.all # noqa: F401 (registers the methods)
@@ -37,6 +39,12 @@ def augs(name, size=12, **kwargs):
 def callback(name, aug_pipelines=None, **kwargs):
     cls = methods[name].callback
     return cls(augs(name) if aug_pipelines is None else aug_pipelines, **(taken(cls, crop_assgn_ids=[0,1], K=12, queue_start_pct=0.) | kwargs))
+
+def _cut(i, size, x): return x[..., i:i+size, i//2:i//2+size]
+
+def corners(*sizes):
+    "View pipelines without chance: view i is a square from row i on"
+    return [Pipeline([partial(_cut, i, o)], split_idx=0) for i,o in enumerate(sizes)]
 
 def images(n=40, c=1, size=14): return torch.randint(0, 256, (n,c,size,size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 

@@ -1,6 +1,5 @@
 "BYOL against a loop of its own, in float64"
 import copy, math, warnings
-from functools import partial
 
 import pytest, torch
 from fastai.callback.core import Callback
@@ -9,9 +8,9 @@ from fastai.callback.training import GradientAccumulation
 from fastai.layers import ConvLayer
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import SGD
-from fasttransform import Pipeline
 from torch import nn
 
+from methods import corners
 from self_supervised.augmentations import get_asymmetric_aug_pipelines
 from self_supervised.data import fashion_mnist, tensor_dls
 from self_supervised.diagnostics import CollapseMonitor
@@ -31,8 +30,6 @@ def test_loss(V, ids):
     torch.testing.assert_close(*(torch.autograd.grad(o, p)[0] for o in (a,b)), rtol=0, atol=1e-12)
     assert t.grad is None and byol_loss(p.bfloat16(), t.bfloat16(), ids).dtype==torch.float32
 
-def _cut(i, size, x): return x[..., i:i+size, i//2:i//2+size]
-def corners(*sizes): return [Pipeline([partial(_cut, i, o)], split_idx=0) for i,o in enumerate(sizes)]
 
 def small_encoder(): return nn.Sequential(nn.Conv2d(1,6,3), nn.BatchNorm2d(6), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
 

@@ -1,6 +1,5 @@
 "DINO against a loop of its own, in float64, and the attention of the class token against a block written by hand"
 import copy, math, warnings
-from functools import partial
 
 import pytest, torch
 from fastai.callback.core import Callback
@@ -11,7 +10,6 @@ from fastai.layers import ConvLayer
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import SGD, Adam
 from fastai.torch_core import set_seed
-from fasttransform import Pipeline
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,7 +20,7 @@ from self_supervised.layers import create_encoder
 from self_supervised.vision.dino import DINO, DINOHead, DINOModel, class_attention, create_dino_model, dino_loss, get_dino_aug_pipelines, show_attention
 
 import test_dist
-from methods import images, learner, quiet
+from methods import corners, images, learner, quiet
 from processes import on_ranks
 
 @pytest.mark.parametrize('V,ids', [(2,(0,1)), (2,(1,)), (6,(0,1)), (5,(3,0,2))])
@@ -39,8 +37,6 @@ def test_loss(V, ids):
     dino_loss(s, q, ids).backward()
     assert q.grad is None
 
-def _cut(i, size, x): return x[..., i:i+size, i//2:i//2+size]
-def corners(*sizes): return [Pipeline([partial(_cut, i, o)], split_idx=0) for i,o in enumerate(sizes)]
 
 def small_encoder(): return nn.Sequential(nn.Conv2d(1,6,3), nn.BatchNorm2d(6), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
 

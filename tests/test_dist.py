@@ -10,7 +10,6 @@ from fastai.callback.schedule import LRFinder # noqa: F401 (patches lr_find into
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
-from fasttransform import Pipeline
 from torch import nn
 
 from self_supervised.data import tensor_dls
@@ -20,7 +19,7 @@ from self_supervised.sinkhorn import sinkhorn_knopp
 from self_supervised.vision.simclr import DistributedSimCLR, SimCLR, nt_xent_loss
 from self_supervised.vision.swav import SWAV, create_swav_model, get_swav_aug_pipelines
 
-from methods import callback, methods, model, taken
+from methods import callback, corners, methods, model, taken
 from processes import on_ranks
 
 pytestmark = pytest.mark.slow
@@ -92,8 +91,6 @@ def test_one_process():
 # Training: a fit on N ranks, and the same steps on one process with the batches of the ranks joined
 
 n_images,bs = 22,3 # on 2 ranks 3+3+3+2 images each; on 3, after two images are dealt twice, 3+3+2
-def _cut(i, size, x): return x[..., i:i+size, i//2:i//2+size]
-def corners(*sizes): return [Pipeline([partial(_cut, i, o)], split_idx=0) for i,o in enumerate(sizes)]
 def pictures(): return torch.rand(n_images, 1, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 def no_bn_encoder(): return nn.Sequential(nn.Conv2d(1,6,3), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten())

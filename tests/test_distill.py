@@ -1,6 +1,5 @@
 "Distillation against a loop of its own, in float64"
 import copy
-from functools import partial
 
 import pytest, torch
 from fastai.callback.core import Callback
@@ -8,10 +7,10 @@ from fastai.callback.progress import ProgressCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import SGD
-from fasttransform import Pipeline
 from torch import nn
 from torch.nn import functional as F
 
+from methods import corners
 from self_supervised.data import tensor_dls
 from self_supervised.vision.distill import Distill, create_distill_model, distill_loss
 
@@ -39,8 +38,6 @@ def test_loss(V, A, n):
     torch.testing.assert_close(*(torch.autograd.grad(o, z)[0] for o in (a,b)), rtol=0, atol=1e-12)
     assert t.grad is None and distill_loss(z.bfloat16(), t.bfloat16(), q).dtype==torch.float32 or q is not None
 
-def _cut(i, size, x): return x[..., i:i+size, i//2:i//2+size]
-def corners(*sizes): return [Pipeline([partial(_cut, i, o)], split_idx=0) for i,o in enumerate(sizes)]
 def net(*widths): return nn.Sequential(nn.Conv2d(1,widths[0],3), nn.BatchNorm2d(widths[0]), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4*widths[0],widths[1]))
 
 class Record(Callback):

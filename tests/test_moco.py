@@ -1,6 +1,5 @@
 "MoCo, with a queue and without, against a loop of its own, in float64"
 import copy, math, warnings
-from functools import partial
 
 import pytest, torch
 from fastai.callback.core import Callback
@@ -9,9 +8,9 @@ from fastai.callback.training import GradientAccumulation
 from fastai.layers import ConvLayer
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import SGD
-from fasttransform import Pipeline
 from torch import nn
 
+from methods import corners
 from self_supervised.data import fashion_mnist, tensor_dls
 from self_supervised.diagnostics import CollapseMonitor
 from self_supervised.recipes import get_recipe
@@ -53,8 +52,6 @@ def test_loss_of_half_projections_is_float32(queue):
     assert loss.dtype==torch.float32
     torch.testing.assert_close(loss, loops(q.double(), k.double(), .01, past).float(), rtol=1e-4, atol=1e-4)
 
-def _cut(i, size, x): return x[..., i:i+size, i//2:i//2+size]
-def corners(*sizes): return [Pipeline([partial(_cut, i, o)], split_idx=0) for i,o in enumerate(sizes)]
 
 def small_encoder(bn=True): return nn.Sequential(nn.Conv2d(1,6,3), *([nn.BatchNorm2d(6)] if bn else []), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
 

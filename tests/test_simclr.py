@@ -1,13 +1,11 @@
 "SimCLR: the loss and its gradient against the written-out definition, its memory, and a whole training step"
 import math
 from copy import deepcopy
-from functools import partial
 
 import pytest, torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import SGD
-from fasttransform import Pipeline
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +17,7 @@ from self_supervised.vision import simclr
 from self_supervised.vision.simclr import DistributedSimCLR, SimCLR, create_simclr_model, get_simclr_aug_pipelines, nt_xent_loss
 from self_supervised.vision.swav import get_swav_aug_pipelines
 
-from methods import images, learner, plain, quiet
+from methods import corners, images, learner, plain, quiet
 
 def rand(n, d=6, seed=0): return 3*torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
@@ -136,8 +134,6 @@ class CheckStep(Callback):
         for n,p in self.learn.model.named_parameters(): torch.testing.assert_close(p.grad, self.grads[n], rtol=1e-7, atol=1e-10)
         self.n_checked = getattr(self, 'n_checked', 0)+1
 
-def _cut(i, size, x): return x[..., i:i+size, i//2:i//2+size]
-def corners(*sizes): return [Pipeline([partial(_cut, i, o)], split_idx=0) for i,o in enumerate(sizes)]
 
 @pytest.mark.parametrize('cls', [SimCLR, DistributedSimCLR])
 @pytest.mark.parametrize('sizes', [(8,8), (8,8,5,5,5,5), (5,8,5)])

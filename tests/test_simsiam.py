@@ -1,6 +1,6 @@
 "SimSiam against a loop of its own, in float64"
 import copy, warnings
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import pytest, torch
 from fastai.callback.core import Callback
@@ -10,9 +10,9 @@ from fastai.layers import ConvLayer
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import SGD
 from fastai.torch_core import trainable_params
-from fasttransform import Pipeline
 from torch import nn
 
+from methods import corners
 from self_supervised.data import fashion_mnist, tensor_dls
 from self_supervised.diagnostics import CollapseMonitor
 from self_supervised.dist import all_mean
@@ -37,8 +37,6 @@ def test_loss(V, ids):
     assert not torch.autograd.grad(simsiam_loss(p, z, ids), z, allow_unused=True)[0]
     assert simsiam_loss(p.bfloat16(), z.bfloat16(), ids).dtype==torch.float32
 
-def _cut(i, size, x): return x[..., i:i+size, i//2:i//2+size]
-def corners(*sizes): return [Pipeline([partial(_cut, i, o)], split_idx=0) for i,o in enumerate(sizes)]
 
 def small_encoder(bn=True): return nn.Sequential(nn.Conv2d(1,6,3), *([nn.BatchNorm2d(6)] if bn else []), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
 def small_model(bn=True): return create_simsiam_model(small_encoder(bn), 16, 6, bn=bn, predictor_size=16) # wide enough for no prediction to be zero
