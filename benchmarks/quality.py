@@ -1,5 +1,5 @@
-"""What the encoder has learned on Fashion-MNIST: our fast views and torchvision's, ours and lightly, multi-crop and two crops,
-queue and none, and the methods that cluster the whole data set. About three quarters of an hour.
+"""What the encoder has learned on Fashion-MNIST: all methods, at equal epochs and in equal time; our fast views and torchvision's, ours and lightly,
+multi-crop and two crops, queue and none. About two hours; `--part methods` or `--part forms` is one half.
 
 Every form trains the same encoder (three convolutions with batch norm, 128 features) on the 5,000 images of the sample, without labels, batch 128
 unless its name says otherwise, with fastai's Adam and `fit_one_cycle`; then the encoder is frozen and judged on the 1,000 test images.
@@ -9,40 +9,51 @@ unless its name says otherwise, with fastai's Adam and `fit_one_cycle`; then the
 - Projector 128–256–128 with batch norm, 100 prototypes, temperature 0.1. With a queue, 512 projections a view, from a quarter of the training on.
 - DeepCluster-v2 and SeLa-v2: the views, projector and temperature of SwAV, three heads of 100 prototypes, an assignment of all images at the start
   of every epoch, and before the first a pass over them to fill the memory, which counts as training.
+- MoCo v2, MoCo v3, BYOL and SimSiam: SimCLR's views and projector (SimSiam's has 512 outputs and a last batch norm), the papers' predictor, both
+  directions. MoCo v2 with 1,024 keys, a teacher of momentum 0.99, temperature 0.2; v3 with 0.98 to 1, BYOL with 0.95 to 1. DINO: SwAV's views, a head of
+  2 layers with batch norm, 100 classes, momentum 0.98 to 1, centre. Distillation: one large view, cosines; its teacher is an encoder of twice the width,
+  trained before with SimCLR for 10 epochs, which does not count in its seconds.
+- ViT: the same with a vision transformer in place of the convolutions, for the methods made for it: patches of 7 pixels, width 64, 3 blocks of
+  4 heads, its class token as features; a learning rate of 2e-3. (Without batch norm in its head DINO learned nothing in so short a run.)
 - torchvision views: the same steps image by image and one after the other, where ours are fused and clamp at the end only.
 - lightly: its transforms on PIL images in two worker processes, its heads and its losses, one pass of the encoder a view, as in its examples.
   Encoder, optimiser and schedule are ours. Its prototypes have a bias; ours stay fixed for the first hundredth of the steps.
-- as long: once more, with as many epochs as fit into the training time of our SwAV (or SimCLR): the ratio is the median over the seeds, which take turns.
+- as long, equal time: once more, with as many epochs as fit into the training time of our SwAV (or SimCLR, where lightly's is compared with it): the ratio
+  is the median over the seeds, which take turns.
 - k-NN: 20 neighbours among the training images. Linear: logistic regression, on ten labels a class (the mean of five draws) and on all.
-  Accuracy in %, mean ± standard deviation over seeds: 5 for the first five rows, 3 for the others (fewer with `--seeds`).
+  Accuracy in %, mean ± standard deviation over seeds: 5 for the first five forms, 3 for the others and for the methods (fewer with `--seeds`).
 - s: seconds of training, the median over seeds. The forms take turns, a seed of each.
 
-The second table has the differences of means, ± their standard error. The test images are the same for all and their number is small: a difference
+The last table has the differences of means, ± their standard error. The test images are the same for all and their number is small: a difference
 between forms that is no more than two standard errors says nothing. `--full` takes all 60,000 + 10,000 images, and twelve times as long.
 """
-import math, re
+import json, math, re
 from functools import partial
 from statistics import mean, median, stdev
 
-import torch
+import timm, torch
 import torchvision.transforms.v2 as tv
 from fastcore.script import call_parse
 from fastai.vision.all import ConvLayer, DataLoaders, Learner, set_seed
 from torch import nn
 from torch.nn import functional as F
 
-from measure import save, seconds, table
+from measure import here, save, seconds, table
 from self_supervised.all import *
 
 lr,nf,hidden,dim,protos,temp,queue = 8e-3,128,256,128,100,.1,512
 large,small  = (28,(.4,1.)),(14,(.1,.4)) # side, and area as a part of the image's
 jitter,sigma = .5,(.1,1.)
 
-def new_encoder():
-    "1×28×28 → 128 features"
-    szs = (1,32,64,nf)
+def new_encoder(width=32):
+    "1×28×28 → 128 features, or four times `width`"
+    szs = (1,width,2*width,4*width)
     convs = [ConvLayer(i, o, stride=2) for i,o in zip(szs, szs[1:])]
     return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten()).to(memory_format=torch.channels_last)
+
+def new_vit():
+    "1×28×28, or smaller → 64 features"
+    return timm.models.VisionTransformer(28, 7, 1, num_classes=0, embed_dim=64, depth=3, num_heads=4, dynamic_img_size=True)
 
 def augs(counts, build=get_batch_augs):
     "So many large views, and small ones"
@@ -66,6 +77,26 @@ def deepcluster(x, encoder, counts=(2,4)):
 
 def sela(x, encoder, counts=(2,4)):
     return Learner(tensor_dls(x, bs=128), create_sela_model(encoder, hidden, dim, protos), cbs=SeLa(augs(counts), temp=temp))
+
+def moco(x, encoder, K=1024, m=.99, **kwargs):
+    return Learner(tensor_dls(x, bs=128), create_moco_model(encoder, hidden, dim, bn=True, **kwargs), cbs=MOCO(augs((2,)), K, m, .2))
+
+def moco_v3(x, encoder): return moco(x, encoder, None, .98, predictor=True, last_bn=True, predictor_last_bn=not isinstance(encoder, nn.Sequential))
+
+def byol(x, encoder):
+    return Learner(tensor_dls(x, bs=128), create_byol_model(encoder, hidden, dim), cbs=BYOL(augs((2,)), .95))
+
+def simsiam(x, encoder):
+    return Learner(tensor_dls(x, bs=128), create_simsiam_model(encoder, hidden, 4*dim, nlayers=2, predictor_size=dim), cbs=SimSiam(augs((2,)), fix_predictor_lr=True))
+
+def dino(x, encoder):
+    model = create_dino_model(encoder, hidden, dim, protos, bn=True, nlayers=2)
+    return Learner(tensor_dls(x, bs=128), model, cbs=DINO(augs((2,4)), tmom_start=.98, freeze_last_layer=.5))
+
+def distill(x, encoder, epochs=10):
+    teacher = new_encoder(64)
+    fit(simclr(x, teacher), epochs, lr)
+    return Learner(tensor_dls(x, bs=128), create_distill_model(encoder, hidden, teacher=teacher), cbs=Distill(augs((1,))))
 
 def lightly_learner(x, model, loss, tfm, bs=128):
     "A Learner whose worker processes make views with `tfm`"
@@ -117,6 +148,9 @@ forms = {'random encoder':          None,
          'SwAV, batch 32, queue':   partial(swav, bs=32, K=queue),
          'SimCLR':                  simclr,
          'SimCLR, lightly':         lightly_simclr}
+methods = {'random encoder': None, 'SwAV': swav, 'SimCLR': simclr, 'DeepCluster-v2': deepcluster, 'SeLa-v2': sela, 'MoCo v2': moco, 'MoCo v3': moco_v3, 'BYOL': byol,
+           'SimSiam': simsiam, 'DINO': dino, 'Distillation': distill}
+vits    = 'random encoder','MoCo v3','DINO' # made for them
 as_long = {'SwAV, lightly': 'SwAV', 'SwAV, two crops': 'SwAV', 'SimCLR, lightly': 'SimCLR'}
 questions = [('SwAV','SwAV, torchvision views'), ('SwAV','SwAV, lightly'), ('SwAV','SwAV, lightly, as long'), ('SimCLR','SimCLR, lightly'),
              ('SimCLR','SimCLR, lightly, as long'), ('SwAV','SwAV, two crops'), ('SwAV','SwAV, two crops, as long'),
@@ -128,16 +162,32 @@ def judge(encoder, train, test):
     "Accuracies in %, one a column"
     return [100*o.accuracy for o in evaluate(encoder, tensor_dls(train, test, bs=500))]
 
-def run(name, form, epochs, seed, train, test):
+def fit(learn, epochs, lr):
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr)
+
+def run(name, form, epochs, seed, train, test, new=new_encoder, lr=lr):
     "Seconds of training and what `judge` says"
     set_seed(seed)
-    encoder,s = new_encoder(),0.
+    encoder,s = new(),0.
     if form:
         learn = form(train[0], encoder)
-        with learn.no_bar(), learn.no_logging(): s = seconds(lambda: learn.fit_one_cycle(epochs, lr))
+        s = seconds(lambda: fit(learn, epochs, lr))
+        if ssl_callback(learn): encoder = encoder_of(learn)
     res = judge(encoder, train, test)
     print(f'{name}, seed {seed}: {s:.0f} s,', ', '.join(f'{o:.1f}' for o in res), flush=True)
     return s,*res
+
+def in_turns(forms, n, epochs, data, **kwargs):
+    "Runs of each form, {name: [run, …]}: `n` of them a form, a seed of each in turn"
+    res = {nm: [] for nm in forms}
+    for seed in range(max(n.values())):
+        for nm,form in forms.items():
+            if seed<n[nm]: res[nm].append(run(nm, form, epochs, seed, *data, **kwargs))
+    return res
+
+def fitting(runs, ref, epochs):
+    "As many epochs as fit into the time of `ref`"
+    return max(1, round(epochs*median(a[0]/b[0] for a,b in zip(ref, runs))))
 
 def spread(xs): return stdev(xs) if len(xs)>1 else math.nan
 
@@ -145,31 +195,52 @@ def difference(a, b):
     "Of the means of two columns of results, ± the standard error"
     return f'{mean(a)-mean(b):+.1f} ± {(spread(a)**2/len(a)+spread(b)**2/len(b))**.5:.1f}'
 
+def cells(runs, prefix=''):
+    return {f'{prefix}{c}': f'{mean(o):.1f} ± {spread(o):.1f}' for c,o in zip(columns, list(zip(*runs))[1:])}
+
+def all_methods(seeds, epochs, data, only):
+    "A row a method: equal epochs, equal time, and a vision transformer"
+    chosen  = {nm:f for nm,f in methods.items() if re.search(only, nm)}
+    n       = dict.fromkeys(chosen, min(seeds, 3))
+    runs    = in_turns(chosen, n, epochs, data)
+    vit     = in_turns({nm:f for nm,f in chosen.items() if nm in vits}, n, epochs, data, new=new_vit, lr=2e-3) if n.keys()&vits else {}
+    res     = []
+    for nm,form in chosen.items():
+        ran  = fitting(runs[nm], runs['SwAV'], epochs) if form and 'SwAV' in runs else epochs
+        more = runs[nm] if ran==epochs else [run(f'{nm}, {ran} epochs', form, ran, seed, *data) for seed in range(n[nm])]
+        res.append({'method': nm, 'seeds': n[nm], 's': median(o[0] for o in runs[nm]), **cells(runs[nm]), 'epochs': ran if form else 0, **cells(more, 'equal time: '),
+                    **(cells(vit[nm], 'ViT: ') if nm in vit else {f'ViT: {c}': '' for c in columns})})
+    return {f'All methods, {epochs} epochs; accuracy on {len(data[1][0]):,} test images, in %': res}
+
+def all_forms(seeds, epochs, data, only):
+    "A row a form, and the differences between them"
+    chosen = {nm:f for nm,f in forms.items() if re.search(only, nm)}
+    n      = {nm: seeds if i<5 else min(seeds, 3) for i,nm in enumerate(forms) if nm in chosen}
+    runs,ran = in_turns(chosen, n, epochs, data),{nm: epochs if forms[nm] else 0 for nm in chosen}
+    for nm,ref in as_long.items():
+        if not {nm,ref} <= {*chosen}: continue
+        new = f'{nm}, as long'
+        ran[new]  = fitting(runs[nm], runs[ref], epochs)
+        runs[new] = [run(new, forms[nm], ran[new], seed, *data) for seed in range(n[nm])]
+    accs = {nm: list(zip(*o))[1:] for nm,o in runs.items()}
+    return {f'Accuracy on {len(data[1][0]):,} test images, in %':
+                [{'form': nm, 'epochs': ran[nm], 'seeds': len(o), 's': median(s for s,*_ in o), **cells(o)} for nm,o in runs.items()],
+            'Differences, in percentage points':
+                [{'first': a, 'minus': b, **{c: difference(*o) for c,*o in zip(columns, accs[a], accs[b])}} for a,b in questions if {a,b}<={*accs}]}
+
 @call_parse
 def main(
-    seeds:int=5, # runs of the first three forms; of the others at most 3
+    seeds:int=5, # runs of the first forms; of the others, and of methods, at most 3
     epochs:int=10, # of pretraining
     full:bool=False, # all of Fashion-MNIST, see `fashion_mnist`
-    only:str='', # forms with this regular expression in their name; the tables are printed and not saved
+    part:str='', # methods or forms; the tables of the other part stay as they are
+    only:str='', # those with this regular expression in their name; the tables are printed and not saved
 ):
-    "Train and judge all forms, print the tables and write them to results/"
-    data  = fashion_mnist(full)
-    names = [o for o in forms if re.search(only, o)]
-    n     = {nm: seeds if i<5 else min(seeds, 3) for i,nm in enumerate(forms)}
-    runs,ran = {nm: [] for nm in names},{nm: epochs if forms[nm] else 0 for nm in names}
-    for seed in range(seeds):
-        for nm in names:
-            if seed<n[nm]: runs[nm].append(run(nm, forms[nm], epochs, seed, *data))
-    for nm,ref in as_long.items():
-        if not {nm,ref} <= {*names}: continue
-        new = f'{nm}, as long'
-        ran[new]  = max(1, round(epochs*median(a[0]/b[0] for a,b in zip(runs[ref], runs[nm]))))
-        runs[new] = [run(new, forms[nm], ran[new], seed, *data) for seed in range(n[nm])]
-    res = {nm: list(zip(*o)) for nm,o in runs.items()}
-    tables = {f'Accuracy on {len(data[1][0]):,} test images, in %':
-                  [{'form': nm, 'epochs': ran[nm], 'seeds': len(s), 's': median(s), **{c: f'{mean(o):.1f} ± {spread(o):.1f}' for c,o in zip(columns, accs)}}
-                   for nm,(s,*accs) in res.items()],
-              'Differences, in percentage points':
-                  [{'first': a, 'minus': b, **{c: difference(*o) for c,*o in zip(columns, res[a][1:], res[b][1:])}} for a,b in questions if {a,b}<={*res}]}
-    if only: print('\n\n'.join(table(o) for o in tables.values() if o))
-    else: save('quality', __doc__.partition('\n\n')[2].strip(), tables, ('lightly','pillow'))
+    "Train and judge, print the tables and write them to results/"
+    data   = fashion_mnist(full)
+    tables = {}
+    if part!='forms':   tables |= all_methods(seeds, epochs, data, only)
+    if part!='methods': tables |= all_forms(seeds, epochs, data, only)
+    if only: print('\n\n'.join(table(o) for o in tables.values() if o)); return
+    old = json.loads((here/'results'/'quality.json').read_text())['tables'] if part else {}
+    save('quality', __doc__.partition('\n\n')[2].strip(), tables | {h:o for h,o in old.items() if h not in tables}, ('lightly','pillow'))

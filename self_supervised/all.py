@@ -23,6 +23,7 @@ from self_supervised.augmentations import *
 from self_supervised.layers import *
 from self_supervised.multicrop import *
 from self_supervised.teacher import *
+from self_supervised.models.vision_transformer import *
 from self_supervised.sinkhorn import *
 from self_supervised.queue import *
 from self_supervised.memory import *

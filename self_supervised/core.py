@@ -85,6 +85,11 @@ class SSLCallback(Callback):
         "What the method compares: the first or only thing that the model returns"
         return pred[0] if is_listy(pred) else pred
 
+    def agreement(self,
+        pred, # what the model returned for the list of views
+    ) -> Tensor: # scalar, −1 to 1; None: there are no such targets
+        "How much is said of one view like what its target is of another"
+
     @staticmethod
     def judged(
         model:nn.Module, # of the method

@@ -188,14 +188,14 @@ def resnet50w5(
     return _build_wide(5, pretrained, **kwargs)
 
 # %% ../nbs/20_encoders.ipynb #577a07cc
-_loaders = [] # of released weights: the module `pretrained` brings one
+_loaders = [] # of released weights, and who says how their encoders are built: the module `pretrained` brings both
 
 def weights_loader(
     load:callable, # (encoder, weights) → the encoder with these weights, a name or a file
-) -> callable: # the same
+    needs:callable, # (name of an architecture, weights) → arguments that it has to be built with
+):
     "Have `create_encoder` leave weights that it does not know itself to `load`"
-    _loaders[:] = [load]
-    return load
+    _loaders[:] = [load,needs]
 
 def _first_conv(encoder): return first(o for o in encoder.modules() if isinstance(o, nn.modules.conv._ConvNd))
 
@@ -230,6 +230,7 @@ def create_encoder(
     create = create_fastai_encoder if callable(arch) or arch in _fastai_archs else create_timm_encoder
     if pool_type=='auto': pool_type = (None if str(arch).startswith('vit_') else PoolingType.Avg) if released else PoolingType.CatAvgMax # a transformer's class token
     if not released: return create(arch, pretrained is not False, n_in, pool_type, low_resolution, **kwargs)
+    for needs in _loaders[1:]: kwargs = {**needs(arch, pretrained), **kwargs}
     encoder = _loaders[0](create(arch, False, n_in, pool_type, **kwargs), pretrained)
     if low_resolution: # after loading, as it makes the stem smaller
         _low_resolution(encoder)
@@ -247,13 +248,13 @@ def encoder_channels(
 
 def encoder_dim(
     encoder:nn.Module, # any encoder
-    size=None, # crop size to try, int or (h,w) in pixels; default 64, or the native size of a timm model that was made for one
+    size=None, # crop size to try, int or (h,w) in pixels; default: what its patches are made for (`img_size` of a module, as timm's transformers have it), else the fixed size of a timm model, else 64
     n_in:int=None, # channels to try; default those of the first convolution
 ) -> int: # number of features per image, F
     "Number of features `encoder` gives, by a trial run that leaves no trace"
     if size is None:
-        cfg  = first(o.pretrained_cfg for o in encoder.modules() if hasattr(o, 'pretrained_cfg')) or {}
-        size = tuple(cfg['input_size'][1:]) if cfg.get('fixed_input_size') else 64
+        cfg  = first(o.pretrained_cfg for o in encoder.modules() if getattr(o, 'pretrained_cfg', None)) or {}
+        size = first(o.img_size for o in encoder.modules() if getattr(o, 'img_size', None)) or (tuple(cfg['input_size'][1:]) if cfg.get('fixed_input_size') else 64)
     h,w   = check_size(size)
     p     = next(encoder.parameters(), torch.zeros(0))
     x     = torch.zeros(2, encoder_channels(encoder) if n_in is None else n_in, h, w, device=p.device, dtype=p.dtype)

@@ -10,7 +10,7 @@ from collections import namedtuple
 
 # %% ../nbs/01_methods.ipynb #a0776c16
 SSLMethod       = namedtuple('SSLMethod', 'name callback model create_model get_aug_pipelines loss recipes weights')
-OfficialWeights = namedtuple('OfficialWeights', 'arch method epochs batch crops top1 url')
+OfficialWeights = namedtuple('OfficialWeights', 'arch method epochs batch crops top1 url prefix head args', defaults=('','',{}))
 _methods = {}
 
 def register_method(

@@ -67,6 +67,7 @@ healthy_ranges = { # name: (title, lowest and highest healthy value)
     'protos':       ('prototypes in use', .4, inf), # 1 is chance
     'std':          ('projection std', .1, inf),
     'rank':         ('effective rank', 2.5, inf),
+    'agreement':    ('agreement with the teacher', -inf, .999),
     'queue':        ('filling of the queue', -inf, inf)}
 
 # %% ../nbs/61_monitor.ipynb #06f89361
@@ -134,6 +135,7 @@ def _look(self:CollapseMonitor, t):
     now,seen = {'step': t} | ({'queue': q.feats.shape[1]/q.length if len(q.feats) else 0.} if q else {}),{'std': projection_std(z)}
     if 'loss-chance' in self.columns: seen['loss-chance'] = torch.stack(self._losses).mean()-s.chance
     if s.last_codes is not None: seen |= code_stats(s.last_codes)
+    if (alike := s.agreement(self.pred)) is not None: seen['agreement'] = alike
     host = [o.to('cpu', non_blocking=o.is_cuda) for o in (torch.stack([*seen.values()]), _gram(z))]
     done = torch.cuda.current_stream().record_event() if z.is_cuda else None
     self._losses,self._seen = [],(now, [*seen], host, done)

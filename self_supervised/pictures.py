@@ -110,6 +110,7 @@ def _assign(learn, dl, k, stats, size):
     "(K,) images of `dl` that are nearest to each prototype, and (k,K) the images nearest to it"
     m,protos = _prototypes(learn)
     proj,protos = deepcopy(m.projector).cpu().float().eval(),F.normalize(protos.cpu().float(), dim=1)
+    proj = getattr(proj, 'project', proj) # of one that goes on to scores
     n,counts,best = 0,torch.zeros(len(protos), dtype=torch.long),torch.zeros(0, len(protos))
     ids = best.long()
     with _batches(dl, norm=normalization_of(learn, stats)) as batches, torch.no_grad():

@@ -10,6 +10,7 @@ import difflib, inspect, textwrap
 from functools import lru_cache, partial
 from importlib import import_module
 from numbers import Integral
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import get_args
 
@@ -33,6 +34,7 @@ from .basics import check_size, warn_once
 from .core import SSLCallback, ssl_callback
 from .data import no_loss, tensor_dls
 from .dist import world_size
+from .export import attention_heads, check_heads
 from .layers import create_encoder, encoder_channels
 from .methods import ssl_methods
 from .optimizer import LARC, LARS, warmup_cos
@@ -93,6 +95,7 @@ class Recipe:
         pool_type:str='avg', # how it pools its features (a `PoolingType`)
         low_resolution:bool=False, # keep the full resolution in its stem, for small images
         frozen_patches:bool=False, # leave the projection of patches of a vision transformer as it is
+        num_heads:int=None, # heads of attention of a vision transformer; None: those of the architecture
         bs:int=4096, # images of a step, on all processes together
         epochs:int=100, # passes over the images
         opt:str='larc', # optimizer: larc, lars, sgd or adam
@@ -110,6 +113,7 @@ class Recipe:
         if opt not in _opts: raise ValueError(f'opt={opt!r} must be one of {", ".join(_opts)}')
         if precision not in ('fp16','bf16','fp32'): raise ValueError(f'precision={precision!r} must be fp16, bf16 or fp32')
         for k,v in dict(bs=bs, epochs=epochs).items(): _check_count(k, v)
+        if num_heads is not None: _check_count('num_heads', num_heads)
         if not lr>0: raise ValueError(f'lr={lr} must be positive')
         if not 0<=warmup_epochs<epochs: raise ValueError(f'warmup_epochs={warmup_epochs} must be fewer than epochs={epochs}: give both')
         store_attr(but='kwargs')
@@ -154,7 +158,7 @@ class Recipe:
 
     def __repr__(self):
         rest,lines = self.settings,[]
-        groups = {'training':lambda k: k not in self.args and k not in ('arch','pool_type','low_resolution','frozen_patches'), 'encoder':lambda k: k not in self.args}
+        groups = {'training':lambda k: k not in self.args and k not in ('arch','pool_type','low_resolution','frozen_patches','num_heads'), 'encoder':lambda k: k not in self.args}
         groups |= {nm:o.__contains__ for nm,o in _arguments(self.method).items()}
         for nm,mine in groups.items():
             found = {k:rest.pop(k) for k in list(rest) if mine(k)}
@@ -221,7 +225,16 @@ def create_encoder(self:Recipe,
     **kwargs # as in `create_encoder`
 ) -> nn.Module: # (B,n_in,H,W) images to (B,F) features
     "The encoder of the recipe, without pretrained weights unless you ask for them"
-    return create_encoder(self.arch, **(dict(pretrained=False, n_in=n_in, pool_type=self.pool_type, low_resolution=self.low_resolution, frozen_patches=self.frozen_patches) | kwargs))
+    given = dict(pretrained=False, n_in=n_in, pool_type=self.pool_type, low_resolution=self.low_resolution, frozen_patches=self.frozen_patches) | kwargs
+    heads = {} if self.num_heads is None else dict(num_heads=self.num_heads)
+    try: encoder = create_encoder(self.arch, **(heads | given))
+    except (TypeError,AssertionError) as e:
+        if not heads or 'num_heads' in kwargs: raise
+        with torch.device('meta'): create_encoder(self.arch, **(given | dict(pretrained=False))) # fails again if the heads were not the reason
+        raise ValueError(f'num_heads={self.num_heads} does not fit {self.arch} ({e}): num_heads=None keeps what the architecture has; other numbers are for vision transformers, whose features they have to divide') from e
+    if isinstance(given['pretrained'], (str,Path)) and 'num_heads' not in kwargs and (need := attention_heads(encoder)): # weights bring theirs, and who goes on with the run builds that of the recipe
+        with torch.device('meta'): check_heads(self.create_encoder(n_in), need, given['pretrained'], f'that of {self.name}', ', a setting of the recipe')
+    return encoder
 
 @patch
 def create_model(self:Recipe,

@@ -1,9 +1,11 @@
 "A small Learner for every registered method: which arguments a method takes is read from its signatures"
-import inspect
+import inspect, warnings
 from contextlib import contextmanager
 from functools import partial
 
 import pytest, torch
+from fastai.callback.core import Callback
+from fastai.layers import ConvLayer
 from fastai.learner import Learner
 from fastcore.foundation import L
 from fasttransform import Pipeline
@@ -11,7 +13,8 @@ from torch import nn
 
 import self_supervised.all # noqa: F401 (registers the methods)
 from self_supervised.methods import ssl_methods
-from self_supervised.data import tensor_dls
+from self_supervised.data import fashion_mnist, tensor_dls
+from self_supervised.diagnostics import CollapseMonitor
 
 methods = ssl_methods()
 plain   = dict(jitter=False, bw=False, blur=False, stats=None)
@@ -65,3 +68,29 @@ def learner(name, dls=None, m=None, cb=None, cbs=(), **kwargs):
 
 def quiet(learn, *args, **kwargs):
     with learn.no_bar(), learn.no_logging(): return learn.fit(*args, **kwargs)
+
+def small_encoder(bn=True):
+    "1 channel → 24 features, without a ReLU, at whose corner a gradient has two values"
+    return nn.Sequential(nn.Conv2d(1,6,3), *([nn.BatchNorm2d(6)] if bn else []), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+
+class Record(Callback):
+    "Of each batch the loss, what `also` takes from the Learner, the gradients of the step that it ended, and the state of the model"
+    order = 90
+    def __init__(self, also=lambda learn: ()): self.also = also
+    def before_fit(self): self.steps,self.grads = [],None
+    def before_step(self): self.grads = {k:p.grad.clone() for k,p in self.learn.model.named_parameters() if p.grad is not None} # after the last batch of a step
+    def after_batch(self):
+        if not self.training: return
+        self.steps.append((float(self.learn.loss.detach()), *self.also(self.learn), self.grads, {k:v.clone() for k,v in self.learn.model.state_dict().items()}))
+        self.grads = None
+
+def monitored(create, cb, epochs=4, lr=3e-3, warmup=10):
+    "What the monitor has seen of a fit on 1,024 images of Fashion-MNIST; `create` makes the model of an encoder with 64 features"
+    torch.manual_seed(0)
+    (x,_),_ = fashion_mnist()
+    enc = nn.Sequential(ConvLayer(1,16,stride=2), ConvLayer(16,32,stride=2), ConvLayer(32,64,stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    learn = Learner(tensor_dls(x[:1024], bs=64, device='cpu', seed=0), create(enc), cbs=[cb, CollapseMonitor(every=4, warmup=warmup)])
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        quiet(learn, epochs, lr)
+    return learn.collapse_monitor

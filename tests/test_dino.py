@@ -1,12 +1,11 @@
 "DINO against a loop of its own, in float64, and the attention of the class token against a block written by hand"
-import copy, math, warnings
+import copy, math
 
 import pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import LRFinder, SchedCos, SchedLin # noqa: F401 (patches lr_find into Learner)
 from fastai.callback.training import GradientAccumulation
-from fastai.layers import ConvLayer
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import SGD, Adam
 from fastai.torch_core import set_seed
@@ -14,13 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import reference
-from self_supervised.data import fashion_mnist, tensor_dls
-from self_supervised.diagnostics import CollapseMonitor
+from self_supervised.data import tensor_dls
 from self_supervised.layers import create_encoder
 from self_supervised.vision.dino import DINO, DINOHead, DINOModel, class_attention, create_dino_model, dino_loss, get_dino_aug_pipelines, show_attention
 
 import test_dist
-from methods import corners, images, learner, quiet
+from methods import Record, corners, images, learner, monitored, quiet, small_encoder
 from processes import on_ranks
 
 @pytest.mark.parametrize('V,ids', [(2,(0,1)), (2,(1,)), (6,(0,1)), (5,(3,0,2))])
@@ -37,16 +35,6 @@ def test_loss(V, ids):
     dino_loss(s, q, ids).backward()
     assert q.grad is None
 
-
-def small_encoder(): return nn.Sequential(nn.Conv2d(1,6,3), nn.BatchNorm2d(6), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
-
-class Record(Callback):
-    order = 90
-    def before_fit(self): self.steps,self.grads = [],None
-    def before_step(self): self.grads = {k:p.grad.clone() for k,p in self.learn.model.named_parameters() if p.grad is not None} # after the last batch of a step
-    def after_batch(self):
-        self.steps.append((float(self.learn.loss.detach()), self.learn.dino.last_codes, self.grads, {k:v.clone() for k,v in self.learn.model.state_dict().items()}, self.opt.hypers[-1]['wd']))
-        self.grads = None
 
 def scores_by_hand(encoder, head, views):
     "One batch norm pass a size, a perceptron, unit length, weights of unit length times what is learned of it"
@@ -71,7 +59,7 @@ def test_ten_steps(sizes, accumulate, centring, norm):
     plain = copy.deepcopy(model)
     dls = tensor_dls(x, bs=bs, drop_last=False, shuffle=False, device='cpu')
     cb  = DINO(corners(*sizes), cmom=.8, tmom_start=.9, tpt_start=.04, tpt_end=.07, tpt_warmup_pct=.5, tps=.1, freeze_last_layer=.5, centring=centring, wd_end=wd_end, clip=clip)
-    learn = Learner(dls, model, opt_func=SGD, cbs=[cb, Record(), *([GradientAccumulation(2*bs)] if accumulate else [])])
+    learn = Learner(dls, model, opt_func=SGD, cbs=[cb, Record(lambda learn: [learn.dino.last_codes, learn.opt.hypers[-1]['wd']]), *([GradientAccumulation(2*bs)] if accumulate else [])])
     learn.remove_cbs([Recorder, ProgressCallback])
     learn.fit(2, lr=lr, wd=wd)
     assert learn.opt.hypers[-1]['wd']==wd and learn.loss_func is dls.loss_func
@@ -94,7 +82,7 @@ def test_ten_steps(sizes, accumulate, centring, norm):
         loss = torch.stack([-(q[a]*F.log_softmax(s[v]/.1, 1)).sum(1).mean() for a in (0,1) for v in range(len(views)) if v!=a]).mean()
         (loss*(len(batch)/(2*bs) if accumulate else 1)).backward()
         n += len(batch)
-        got_loss,got_codes,got_grads,state,got_wd = learn.record.steps[i]
+        got_loss,got_codes,got_wd,got_grads,state = learn.record.steps[i]
         assert got_loss==pytest.approx(float(loss), abs=1e-10)
         torch.testing.assert_close(got_codes, q, rtol=0, atol=1e-10)
         assert got_wd==pytest.approx(cos(wd, wd_end, share), abs=1e-12)
@@ -231,16 +219,8 @@ def test_ranks_equal_one(n, tmp_path):
 # Collapse
 
 def run(**kw):
-    "A fit on Fashion-MNIST; what did the monitor see?"
-    torch.manual_seed(0)
-    (x,_),_ = fashion_mnist()
-    enc   = nn.Sequential(ConvLayer(1,16,stride=2), ConvLayer(16,32,stride=2), ConvLayer(32,64,stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     views = get_dino_aug_pipelines(2, 20, .4, 1., jitter=False, bw=False, blur=False, solarize=False, stats=None)
-    learn = Learner(tensor_dls(x[:1024], bs=64, device='cpu', seed=0), create_dino_model(enc, 128, 32, 20, nlayers=2), cbs=[DINO(views, **(dict(tmom_start=.98, freeze_last_layer=.5) | kw)), CollapseMonitor(every=4, warmup=20)])
-    with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        learn.fit(4, 1e-3)
-    return learn.collapse_monitor
+    return monitored(lambda enc: create_dino_model(enc, 128, 32, 20, nlayers=2), DINO(views, **(dict(tmom_start=.98, freeze_last_layer=.5) | kw)), lr=1e-3, warmup=20)
 
 def test_collapse_is_seen():
     "Without a centre all become one class, or with a temperature that does not sharpen all classes alike; as it should be, neither happens"

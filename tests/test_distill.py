@@ -2,7 +2,6 @@
 import copy
 
 import pytest, torch
-from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Recorder
@@ -10,7 +9,7 @@ from fastai.optimizer import SGD
 from torch import nn
 from torch.nn import functional as F
 
-from methods import corners
+from methods import Record, corners
 from self_supervised.data import tensor_dls
 from self_supervised.vision.distill import Distill, create_distill_model, distill_loss
 
@@ -40,12 +39,6 @@ def test_loss(V, A, n):
 
 def net(*widths): return nn.Sequential(nn.Conv2d(1,widths[0],3), nn.BatchNorm2d(widths[0]), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4*widths[0],widths[1]))
 
-class Record(Callback):
-    order = 90
-    def before_fit(self): self.steps = []
-    def before_step(self): self.grads = {k:p.grad.clone() for k,p in self.learn.model.named_parameters() if p.grad is not None}
-    def after_batch(self): self.steps.append((float(self.learn.loss.detach()), self.learn.model.queue.feats.clone())) if self.training else None
-
 @pytest.mark.parametrize('K', [None, 10])
 @pytest.mark.parametrize('sizes,ids', [((8,), [0]), ((8,8,5,5,5,5), [0,1])])
 @pytest.mark.parametrize('accumulate', [False, True])
@@ -56,7 +49,7 @@ def test_ten_steps(K, sizes, ids, accumulate):
     model = create_distill_model(net(6,5), 8, teacher=net(7,9), teacher_size=10).double()
     plain,stats = copy.deepcopy(model),([.4],[.3])
     learn = Learner(tensor_dls(x, bs=bs, drop_last=False, shuffle=False, device='cpu'), model, opt_func=SGD,
-                    cbs=[Distill(corners(*sizes), K=K, temp=.3, temp_teacher=.1, crop_assgn_ids=ids, teacher_stats=stats), Record(), *([GradientAccumulation(2*bs)] if accumulate else [])])
+                    cbs=[Distill(corners(*sizes), K=K, temp=.3, temp_teacher=.1, crop_assgn_ids=ids, teacher_stats=stats), Record(lambda learn: [learn.model.queue.feats.clone()]), *([GradientAccumulation(2*bs)] if accumulate else [])])
     learn.remove_cbs([Recorder, ProgressCallback])
     learn.fit(2, lr=lr, wd=0.)
 
@@ -71,14 +64,17 @@ def test_ten_steps(K, sizes, ids, accumulate):
         loss = loops(z, t, q, .3, .1)
         (loss*(len(batch)/(2*bs) if accumulate else 1)).backward()
         if K: past = [t[0], *past]
-        got,feats = learn.record.steps[i]
+        got,feats,got_grads,_ = learn.record.steps[i]
         assert got==pytest.approx(float(loss.detach()), abs=1e-6) # statistics are float32
         if K: torch.testing.assert_close(feats[0], torch.cat(past)[:K], rtol=0, atol=1e-6, check_dtype=False)
         n += len(batch)
         if accumulate and n<2*bs: continue
         n = 0
         with torch.no_grad():
-            for p in [*plain.encoder.parameters(), *plain.projector.parameters()]: p -= lr*p.grad; p.grad = None
+            for k,p in plain.named_parameters():
+                if not p.requires_grad: continue
+                torch.testing.assert_close(got_grads[k], p.grad, rtol=0, atol=1e-6, msg=f'{k} in batch {i}')
+                p -= lr*p.grad; p.grad = None
     if not n:
         for k,v in plain.state_dict().items():
             if not k.startswith('queue'): torch.testing.assert_close(model.state_dict()[k].double(), v.double(), rtol=0, atol=1e-6, msg=k)

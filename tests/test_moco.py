@@ -1,18 +1,16 @@
 "MoCo, with a queue and without, against a loop of its own, in float64"
-import copy, math, warnings
+import copy, math
 
 import pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.training import GradientAccumulation
-from fastai.layers import ConvLayer
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import SGD
 from torch import nn
 
-from methods import corners
-from self_supervised.data import fashion_mnist, tensor_dls
-from self_supervised.diagnostics import CollapseMonitor
+from methods import Record, corners, monitored, small_encoder
+from self_supervised.data import tensor_dls
 from self_supervised.recipes import get_recipe
 from self_supervised.vision.moco import MOCO, create_moco_model, get_moco_aug_pipelines, moco_loss
 
@@ -53,16 +51,6 @@ def test_loss_of_half_projections_is_float32(queue):
     torch.testing.assert_close(loss, loops(q.double(), k.double(), .01, past).float(), rtol=1e-4, atol=1e-4)
 
 
-def small_encoder(bn=True): return nn.Sequential(nn.Conv2d(1,6,3), *([nn.BatchNorm2d(6)] if bn else []), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
-
-class Record(Callback):
-    order = 90
-    def before_fit(self): self.steps,self.grads = [],None
-    def before_step(self): self.grads = {k:p.grad.clone() for k,p in self.learn.model.named_parameters() if p.grad is not None} # after the last batch of a step
-    def after_batch(self):
-        if not self.training: return
-        self.steps.append((float(self.learn.loss.detach()), self.learn.moco.target, self.grads, {k:v.clone() for k,v in self.learn.model.state_dict().items()})); self.grads = None
-
 @pytest.mark.parametrize('accumulate', [False, True])
 @pytest.mark.parametrize('K,sizes,ids,running', [(11,(8,8),(0,1),False), (11,(8,8),(1,),True), (30,(8,8,5,5,5,5),(0,1),False), (3,(8,8),(0,1),True), (None,(8,8),(0,1),False), (None,(8,8,5,5,5,5),(0,1),False)],
                          ids='queue one-direction queue-2+4 queue-shorter-than-batch batch batch-2+4'.split())
@@ -74,7 +62,7 @@ def test_ten_steps(K, sizes, ids, running, accumulate):
     plain = copy.deepcopy(model)
     dls = tensor_dls(x, x[:7], bs=bs, drop_last=False, device='cpu')
     dls.train.shuffle = False
-    learn = Learner(dls, model, opt_func=SGD, cbs=[MOCO(corners(*sizes), K, m=m, temp=temp, crop_assgn_ids=ids, running_bn=running), Record(), *([GradientAccumulation(2*bs)] if accumulate else [])])
+    learn = Learner(dls, model, opt_func=SGD, cbs=[MOCO(corners(*sizes), K, m=m, temp=temp, crop_assgn_ids=ids, running_bn=running), Record(lambda learn: [learn.moco.target]), *([GradientAccumulation(2*bs)] if accumulate else [])])
     learn.remove_cbs([Recorder, ProgressCallback])
     learn.fit(2, lr=lr, wd=0.)
 
@@ -205,18 +193,10 @@ class Alike(MOCO):
     "Broken: no negatives"
     def lf(self, pred): return 1-nn.functional.cosine_similarity(pred.unflatten(0, (2,-1)), self.target.flip(0), dim=2).mean()
 
-def run(cls, epochs=4, **kwargs):
-    "A fit on Fashion-MNIST, and what its monitor has seen"
-    torch.manual_seed(0)
-    (x,_),_ = fashion_mnist()
-    enc = nn.Sequential(ConvLayer(1,16,stride=2), ConvLayer(16,32,stride=2), ConvLayer(32,64,stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+def run(cls, **kwargs):
     views = get_moco_aug_pipelines(20, resize_scale=(.4,1), jitter=False, bw=False, blur=False, stats=None)
     cb = cls(views, **(dict(K=256, m=.98, temp=.2) | kwargs))
-    learn = Learner(tensor_dls(x[:1024], bs=64, device='cpu', seed=0), create_moco_model(enc, 128, 32, predictor=not cb.K), cbs=[cb, CollapseMonitor(every=4, warmup=10)])
-    with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        learn.fit(epochs, 3e-3)
-    return learn.collapse_monitor
+    return monitored(lambda enc: create_moco_model(enc, 128, 32, predictor=not cb.K), cb)
 
 def test_collapse_is_seen():
     "Without negatives all becomes one; with those of the queue, or of the batch, it does not"

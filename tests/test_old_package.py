@@ -1,9 +1,11 @@
 "Code and files of the older package of this name, version 1.0: its names, the order of its arguments, its documented examples, its saved models"
 import inspect, io
 
-import pytest, torch
-from fastai.vision.all import (Categorize, DataLoaders, Datasets, IntToFloatTensor, Learner, PILImageBW, ShortEpochCallback, ToTensor,
-                               ValueMetric, parent_label, set_seed, xresnet18)
+import pytest, timm, torch
+from fastai.vision.all import (Adam, Categorize, DataLoaders, Datasets, GradientClip, GrandparentSplitter, IntToFloatTensor, LabelSmoothingCrossEntropy, Learner, Normalize,
+                               ParamScheduler, PILImage, PILImageBW, RandomResizedCrop, RandomSplitter, SaveModelCallback, SchedCos, SchedLin, ShortEpochCallback,
+                               TerminateOnNaNCallback, ToTensor, ValueMetric, accuracy, combine_scheds, get_image_files, imagenet_stats, params, parent_label, ranger, set_seed, xresnet18)
+from fastcore.foundation import L
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -11,10 +13,16 @@ from torch.nn import functional as F
 from self_supervised import augmentations, layers
 from self_supervised.augmentations import *
 from self_supervised.data import fashion_mnist, tensor_dls
+from self_supervised.export import load_encoder
 from self_supervised.features import extract_features
 from self_supervised.layers import *
-from self_supervised.vision import metrics, simclr, swav
+from self_supervised.models import vision_transformer
+from self_supervised.models.vision_transformer import *
+from self_supervised.vision import byol, dino, metrics, moco, simclr, swav
+from self_supervised.vision.byol import *
+from self_supervised.vision.dino import *
 from self_supervised.vision.metrics import *
+from self_supervised.vision.moco import *
 from self_supervised.vision.simclr import *
 from self_supervised.vision.swav import *
 
@@ -42,6 +50,17 @@ older = {
     simclr: dict(
         SimCLRModel = 'encoder projector', create_simclr_model = 'encoder hidden_size projection_size bn nlayers', get_simclr_aug_pipelines = 'size',
         SimCLR = 'aug_pipelines temp print_augs', DistributedSimCLR = 'aug_pipelines temp print_augs'),
+    moco: dict(
+        MoCoModel = 'encoder projector', create_moco_model = 'encoder hidden_size projection_size bn nlayers', get_moco_aug_pipelines = 'size', MOCO = 'aug_pipelines K m temp print_augs'),
+    byol: dict(
+        BYOLModel = 'encoder projector predictor', create_byol_model = 'encoder hidden_size projection_size bn nlayers', get_byol_aug_pipelines = 'size', BYOL = 'aug_pipelines m print_augs'),
+    dino: dict(
+        DINOHead = 'in_dim out_dim use_bn norm_last_layer nlayers hidden_dim bottleneck_dim', DINOModel = 'student teacher',
+        get_dino_aug_pipelines = 'num_crops crop_sizes min_scales max_scales',
+        DINO = 'aug_pipelines large_crop_ids cmom tmom_start tmom_end tmom_sched tpt_start tpt_end tpt_warmup_pct tpt_sched tps freeze_last_layer print_augs'),
+    vision_transformer: dict(
+        VisionTransformer = 'img_size patch_size in_chans num_classes embed_dim depth num_heads mlp_ratio qkv_bias', MultiCropWrapper = 'encoder',
+        deit_tiny = 'patch_size', deit_small = 'patch_size', vit_base = 'patch_size'),
     metrics: dict(KNNProxyMetric = '')}
 
 @pytest.mark.parametrize('module,name', [(m,n) for m,o in older.items() for n in o], ids=lambda o: getattr(o, '__name__', o))
@@ -126,6 +145,116 @@ def test_example_of_simclr(dls, capsys):
         learn('before_batch')
         assert len(cb.show(n=5))==10
     assert learn.distributed_sim_clr is cb
+
+def test_example_of_moco(dls, capsys):
+    "A batch that no view has been made of yet, a picture, a fit"
+    model = create_moco_model(create_encoder('xresnet18', n_in=1, pretrained=False), hidden_size=1024, projection_size=128)
+    pipes = small(get_moco_aug_pipelines, size=28)
+    learn = Learner(dls, model, cbs=[MOCO(aug_pipelines=pipes, K=20, print_augs=True), ShortEpochCallback(.001)])
+    assert capsys.readouterr().out.count('RandomCropResize')==2
+    learn._split(dls.one_batch())
+    learn.pred = learn.model(*learn.xb)
+    assert learn.pred.shape==(5,128) and len(learn.moco.show(n=5))==10
+    quiet(learn, 1)
+    cb = learn.moco
+    assert len(learn.recorder.losses)==1 and (cb.K,cb.m,cb.temp)==(20,.999,.07) and cb.aug_pipelines==pipes
+
+def test_example_of_byol(dls, capsys):
+    "Its picture is of the batch that a fit has begun with"
+    model = create_byol_model(create_fastai_encoder(xresnet18, n_in=1, pretrained=False), hidden_size=512, projection_size=256, bn=True)
+    pipes = small(get_byol_aug_pipelines, size=28)
+    learn = Learner(dls, model, cbs=[BYOL(aug_pipelines=pipes, print_augs=True), ShortEpochCallback(.001)])
+    assert capsys.readouterr().out.count('RandomCropResize')==2
+    learn._split(dls.one_batch())
+    for event in ('before_fit', 'before_batch'): learn(event)
+    assert len(learn.byol.show(n=5))==10
+    quiet(learn, 1)
+    assert len(learn.recorder.losses)==1 and 0<=learn.recorder.losses[0]<=4 and learn.byol.aug_pipelines==pipes
+
+@pytest.fixture
+def imagewang(tmp_path):
+    "Images in folders of its layout: of classes, for training and validation, and of none"
+    x,y = fashion_mnist()[0]
+    for i,(o,c) in enumerate(zip(x[:40], y[:40].tolist())):
+        d = tmp_path/('unsup' if i%5==4 else f'{"val" if i%5==3 else "train"}/n0{c%2}')
+        d.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(o[0].numpy()).convert('RGB').save(d/f'{i}.png')
+    return tmp_path
+
+def wang_dls(source, files, splits, *item_tfms, norm=()):
+    tds = Datasets(files, [[PILImage.create, ToTensor, *item_tfms], [parent_label, Categorize()]], splits=splits(files))
+    return tds.dataloaders(bs=8, num_workers=0, after_batch=[IntToFloatTensor, *norm], path=source, device='cpu')
+
+@pytest.mark.parametrize('name', ['moco', 'byol'])
+def test_notebook_on_imagewang(name, imagewang):
+    "Pretraining on all images, files of model and encoder, and a classifier on the encoder, in groups of parameters"
+    files = get_image_files(imagewang)
+    dls   = wang_dls(imagewang, files, RandomSplitter(valid_pct=.1), RandomResizedCrop(32, min_scale=1.))
+    assert len(dls.train_ds)==36 and len(dls.vocab)==3
+    encoder = create_encoder('xresnet18', pretrained=False, n_in=3)
+    model,get = dict(moco=(create_moco_model,get_moco_aug_pipelines), byol=(create_byol_model,get_byol_aug_pipelines))[name]
+    pipes = get(28, rotate=True, rotate_deg=10, jitter=True, bw=True, blur=False)
+    learn = Learner(dls, model(encoder), cbs=[dict(moco=lambda: MOCO(pipes, K=16), byol=lambda: BYOL(pipes))[name]()])
+    learn.unfreeze()
+    before = encoder[0][0].weight.detach().clone()
+    with learn.no_bar(), learn.no_logging(): learn.fit_flat_cos(1, 1e-2, wd=1e-2, pct_start=.5)
+    assert len(learn.recorder.losses)==4 and not torch.equal(before, learn.model.encoder[0][0].weight)
+    learn.save('whole')
+    file = learn.path/learn.model_dir/'encoder.pth'
+    torch.save(learn.model.encoder.state_dict(), file)
+
+    files = get_image_files(imagewang, folders=['train','val'])
+    dls   = wang_dls(imagewang, files, GrandparentSplitter(valid_name='val'), RandomResizedCrop(28, min_scale=.35), norm=[Normalize.from_stats(*imagenet_stats, cuda=False)])
+    encoder = create_encoder('xresnet18', pretrained=False, n_in=3)
+    encoder.load_state_dict(torch.load(file))
+    nf   = encoder(torch.randn(2,3,32,32)).size(-1)
+    tune = Learner(dls, nn.Sequential(encoder, create_cls_module(nf, dls.c)), opt_func=ranger, splitter=lambda m: L(m[0], m[1]).map(params), metrics=accuracy, loss_func=LabelSmoothingCrossEntropy())
+    tune.unfreeze()
+    with tune.no_bar(), tune.no_logging(): tune.fit_flat_cos(1, 1e-2, wd=1e-2)
+    assert len(tune.opt.param_groups)==2 and 0<=tune.recorder.values[-1][-1]<=1
+    learn.load('whole')
+
+def dino_pair(**kwargs):
+    encoder = MultiCropWrapper(deit_tiny(patch_size=8, img_size=32, in_chans=1, depth=2, **kwargs))
+    return nn.Sequential(encoder, DINOHead(encoder.encoder.embed_dim, 2**5, norm_last_layer=True, hidden_dim=16, bottleneck_dim=8))
+
+def test_example_of_dino(dls, tmp_path):
+    "A student that skips blocks and a teacher that does not, views of two sizes, schedules of the user's own, files after epochs"
+    student,teacher = dino_pair(drop_path_rate=.1),dino_pair()
+    views = [torch.rand(4,1,s,s) for s in (32,32,16,16,16,16)]
+    preds = student.eval()(views)
+    assert preds.shape==(24,32) and teacher(views[:2]).shape==(8,32) and torch.allclose(preds, torch.cat([student(o) for o in views]), atol=1e-6)
+    model = DINOModel(student, teacher)
+    pipes = small(get_dino_aug_pipelines, crop_sizes=(24,16), solarize=False)
+    cb    = DINO(aug_pipelines=pipes, tpt_start=.04, tpt_end=.04, tpt_warmup_pct=0., freeze_last_layer=0)
+    cbs   = [cb, GradientClip(max_norm=3., norm_type=2.), SaveModelCallback(every_epoch=1, with_opt=True, fname='dino'), TerminateOnNaNCallback()]
+    learn = Learner(dls, model, opt_func=Adam, cbs=cbs, path=tmp_path)
+    learn._split(dls.one_batch())
+    for event in ('before_fit', 'before_batch'): learn(event)
+    assert len(learn.dino.show(n=2))==12
+    lr,first = combine_scheds([.1,.9], [SchedLin(0.,2.5e-3), SchedCos(2.5e-3,1e-6)]),model.encoder.cls_token.detach().clone()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[ParamScheduler({'lr':lr, 'wd':SchedCos(.04,.4)})])
+    assert learn.dino is cb and len(learn.recorder.losses)==6 and cb.aug_pipelines==pipes and (cb.cmom,cb.tps,cb.freeze_last_layer)==(.9,.1,0) and list(cb.large_crop_ids)==[0,1]
+    assert not torch.equal(first, model.encoder.cls_token) and not torch.equal(model.teacher.encoder.cls_token, model.encoder.cls_token)
+    assert .04<learn.opt.hypers[-1]['wd']<=.4
+    learn.load('dino_0')
+
+    x,vit = torch.rand(3,1,32,24),model.encoder.eval()
+    out = vit.get_intermediate_layers(x, 2)
+    cls = nn.Sequential(vit, create_cls_module(vit.norm.weight.size(0), 10))
+    assert [o.shape for o in out]==[(3,1+4*3,192)]*2 and torch.equal(out[-1][:,0], vit(x)) and cls(x).shape==(3,10)
+    assert torch.equal(load_encoder(learn.export_encoder(tmp_path/'encoder.safetensors')).eval()(x), vit(x))
+
+def test_tokens_of_blocks():
+    "Against what the blocks themselves hand on; and the network is timm's, for images of every size"
+    vit   = deit_tiny(depth=3).eval()
+    plain = timm.create_model('vit_tiny_patch16_224', depth=3, num_classes=0, dynamic_img_size=True).eval()
+    plain.load_state_dict(vit.state_dict())
+    x,seen = torch.rand(2,3,48,80),[]
+    for b in vit.blocks[-2:]: b.register_forward_hook(lambda m,_,o: seen.append(vit.norm(o)))
+    with torch.no_grad(): feats,want = vit(x),seen[:2]
+    assert torch.equal(feats, plain(x)) and torch.equal(feats, want[1][:,0])
+    for a,b in zip(vit.get_intermediate_layers(x, 2), want, strict=True): assert torch.equal(a, b)
 
 def test_example_of_the_metric(dls):
     cbs    = [SimCLR(small(size=28), temp=.07)]
@@ -213,6 +342,20 @@ def test_model_of_swav():
     quiet(learn, 1, 1e-3)
     assert new.queue.full
     with pytest.raises(RuntimeError, match='Missing key.*prototypes.weight'): new.load_state_dict({k:v for k,v in state.items() if 'prototypes' not in k}) # the rest is asked for as ever
+
+def test_model_of_dino():
+    "The student's transformer, taken out of a file as the notebook does; a file where nothing has that name leaves the weights, and says so"
+    plain = timm.create_model('vit_tiny_patch16_224', depth=2, num_classes=0).eval()
+    state = through_a_file({f'{who}.0.encoder.{k}':v for who in ('student','teacher') for k,v in plain.state_dict().items()} | {'student.1.mlp.0.weight':torch.ones(2,2), 'C':torch.zeros(1,4)})
+    names = {k: '.'.join(k.split('.')[3:]) for k in state if 'student' in k}
+    vit = deit_tiny(depth=2).eval()
+    assert vit.load_state_dict({v:state[k] for k,v in names.items()}, strict=False).missing_keys==[]
+    x = torch.rand(2,3,224,224)
+    assert torch.equal(vit(x), plain(x))
+    ours = DINOModel(nn.Sequential(MultiCropWrapper(vit), DINOHead(192, 8))).state_dict()
+    with pytest.warns(UserWarning, match='none of the 0 names given is one of this VisionTransformer.*model.encoder'): vit.load_state_dict({k:v for k,v in ours.items() if 'student' in k}, strict=False)
+    assert torch.equal(vit(x), plain(x))
+    vit.load_state_dict({k.removeprefix('encoder.'):v for k,v in ours.items() if k.startswith('encoder.')})
 
 def wrapped_sequential(): return create_fastai_encoder(xresnet18, False, 1),CheckpointSequential,lambda k: [f'fastai_model.{k}']
 def wrapped_resnet():

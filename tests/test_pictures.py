@@ -20,6 +20,7 @@ from self_supervised.basics import warn_once
 from self_supervised.core import SSLCallback
 from self_supervised.data import image_dls, tensor_dls
 from self_supervised.diagnostics import plot_codes, plot_map, show_neighbors, show_prototypes
+from self_supervised.vision.dino import DINOHead, DINOModel
 from self_supervised.vision.swav import SWAV, SwAVModel
 
 
@@ -84,6 +85,16 @@ def test_prototypes(bs, part):
     assert [o.texts[0].get_text() for o in axes[::4]]==[f'4\n{7/18:.1%}', f'0\n{5/18:.1%}', f'8\n{4/18:.1%}']
     assert not any(o.texts for i,o in enumerate(axes) if i%4)
     assert tuple(axes[0].figure.get_size_inches())==(4,3)
+
+def test_prototypes_of_a_head_that_goes_on_to_scores():
+    "DINO's classes: directions in the space of the bottleneck"
+    x,near = lit_images()
+    head = DINOHead(9, 9, norm_last_layer=False, nlayers=1, bottleneck_dim=9)
+    head.mlp,head.last_layer.weight_v.data = nn.Identity(),torch.diag(torch.linspace(1, 9, 9))
+    head.last_layer.weight_g.data = torch.linspace(9, 1, 9)[:,None] # lengths that must not matter either
+    m,dl = DINOModel(nn.Sequential(nn.Flatten(), head)),tensor_dls(x, bs=4).train
+    assert [number(o, x) for o in show_prototypes(m, dl, n=3, k=4)]==near[4][:4]+near[0][:4]+near[8][:4]
+    assert plot_codes(m, dl)[0].patches[0].get_data().values.tolist()==[7,5,4,2,0,0,0,0,0]
 
 def test_prototypes_without_images_have_no_row():
     x,near = lit_images()

@@ -1,5 +1,6 @@
 "Released weights, in files of their layout that are written here, against torchvision's ResNet-50 and a plain ResNet of any width; nothing is fetched"
 import gzip, io, random, re, shutil, sys, tarfile, zipfile
+from copy import deepcopy
 from urllib.error import URLError
 
 import numpy as np, pytest, timm, torch, torchvision
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from methods import quiet
-from self_supervised.all import SWAV, create_encoder, create_model, create_timm_encoder, create_simclr_model, get_swav_aug_pipelines, load_encoder, tensor_dls
+from self_supervised.all import SWAV, create_encoder, create_model, create_timm_encoder, create_simclr_model, encoder_info, get_swav_aug_pipelines, load_encoder, tensor_dls
 from self_supervised.methods import ssl_methods
 from self_supervised.layers import CheckpointSequential
 from self_supervised.pretrained import create_official_model, export_onnx, to_layout, load_official, official_weights, read_official
@@ -96,12 +97,19 @@ def test_released_names():
     names = {'swav_800ep', 'swav_400ep', 'swav_200ep', 'swav_100ep', 'swav_200ep_bs256', 'swav_400ep_bs256', 'swav_400ep_2x224', 'swav_RN50w2_400ep', 'swav_RN50w4_400ep',
              'swav_RN50w5_400ep', 'deepclusterv2_800ep', 'deepclusterv2_400ep', 'deepclusterv2_400ep_2x224', 'selav2_400ep', 'selav2_400ep_2x224'}
     dino = dict(dino_vits16='dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth', dino_resnet50='dino_resnet50_pretrain/dino_resnet50_pretrain.pth')
-    assert set(official_weights())==names|set(dino)
+    assert set(official_weights())==names|set(dino)|set(mocov3)
+    for k,(arch,epochs,top1,nm) in mocov3.items():
+        o = official_weights()[k]
+        assert (o.arch,o.method,o.epochs,o.batch,o.top1,o.url)==(arch, 'MoCo v3', epochs, 4096, top1, f'https://dl.fbaipublicfiles.com/moco-v3/{nm}/{nm}.pth.tar') and f'_{epochs}ep' in k
     for k,v in dino.items(): assert official_weights()[k].url==f'https://dl.fbaipublicfiles.com/dino/{v}' and official_weights()[k].method=='DINO'
     for k in names:
         o = official_weights()[k]
         assert o.url==f'https://dl.fbaipublicfiles.com/deepcluster/{k}_pretrain.pth.tar'
         assert str(o.epochs) in k and o.arch==('resnet50'+k[9:11] if 'RN50' in k else 'resnet50') and o.method.split('-')[0].lower() in k
+
+mocov3 = { # CONFIG.md of facebookresearch/moco-v3
+    'mocov3_resnet50_100ep':('resnet50', 100, 68.9, 'r-50-100ep'), 'mocov3_resnet50_300ep':('resnet50', 300, 72.8, 'r-50-300ep'), 'mocov3_resnet50_1000ep':('resnet50', 1000, 74.6, 'r-50-1000ep'),
+    'mocov3_vits16_300ep':('vit_small_patch16_224', 300, 73.2, 'vit-s-300ep'), 'mocov3_vitb16_300ep':('vit_base_patch16_224', 300, 76.7, 'vit-b-300ep')}
 
 def test_by_name_and_by_path(net, file, x):
     for w in ('swav_800ep', file, str(file), 'deepclusterv2_400ep'):
@@ -406,7 +414,7 @@ def test_method_that_is_registered_later(monkeypatch, file, tmp_path):
         m.__class__ = LateModel
         return m
     methods.register_method('late', Late, LateModel, create, swav.get_aug_pipelines, swav.loss, weights=dict(late_9ep=OfficialWeights('resnet50', 'Late', 9, 64, '2×224', 1., 'file:///nowhere')))
-    assert list(official_weights())[-1]=='late_9ep' and len(official_weights())==18
+    assert list(official_weights())[-1]=='late_9ep' and len(official_weights())==23
     assert type(create_official_model(file)) is swav.model and type(create_official_model(file, method='late')) is LateModel
     with pytest.raises(ValueError, match="create_encoder\\('resnet50', pretrained='late_9ep'\\)"): create_encoder('resnet18', pretrained='late_9ep')
     monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path))
@@ -445,3 +453,120 @@ def test_onnx_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnxscript', None)
     with pytest.raises(ImportError, match=r"onnx and onnxscript.*pip install 'self_supervised\[onnx\]'"): export_onnx(nn.Linear(1,1), tmp_path/'e.onnx')
     assert not list(tmp_path.iterdir())
+
+
+
+# MoCo v3: checkpoints of its training, with student, teacher, predictor and optimizer
+
+def mlp(name, *widths, last_bn=True):
+    "Their projectors and predictors (moco/builder.py)"
+    layers = [o for a,b in zip(widths, widths[1:]) for o in (nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU())][:-2]
+    if last_bn: layers.append(nn.BatchNorm1d(widths[-1], affine=False))
+    return {f'{name}.{k}':v for k,v in nn.Sequential(*layers).state_dict().items()}
+
+def write_mocov3(path, student, arch, predictor):
+    "What their training saves (main_moco.py; the keys of a released file are listed in issue 545 of facebookresearch/vissl), with the state of a smaller optimizer"
+    opt = torch.optim.AdamW((net := nn.Linear(2, 2)).parameters())
+    net(torch.ones(1, 2)).sum().backward(); opt.step()
+    state = {f'base_encoder.{k}':v for k,v in student.items()} | {f'momentum_encoder.{k}':v+1 for k,v in student.items()} | predictor
+    torch.save(dict(epoch=300, arch=arch, state_dict={f'module.{k}':v for k,v in state.items()}, optimizer=opt.state_dict()), path)
+    return path
+
+def vit_state(D=384, depth=2):
+    "Names and shapes of their vision transformers (vits.py), with random values that keep the features apart"
+    layers = {'norm':(D,)}
+    for i in range(depth): layers |= {f'blocks.{i}.{k}':v for k,v in {'norm1':(D,), 'attn.qkv':(3*D,D), 'attn.proj':(D,D), 'norm2':(D,), 'mlp.fc1':(4*D,D), 'mlp.fc2':(D,4*D)}.items()}
+    shapes = {'cls_token':(1,1,D), 'pos_embed':(1,197,D), 'patch_embed.proj.weight':(D,3,16,16), 'patch_embed.proj.bias':(D,)}
+    for k,v in layers.items(): shapes |= {f'{k}.weight':v, f'{k}.bias':v[:1]}
+    g = torch.Generator().manual_seed(5)
+    return {k:torch.randn(v, generator=g)*(2/v[-1]**.5 if len(v)==2 else .3) for k,v in shapes.items()}
+
+def vit_by_hand(s, x, heads=12):
+    "Class token after the last norm"
+    def layer(nm, o): return F.linear(o, s[f'{nm}.weight'], s[f'{nm}.bias'])
+    def norm(nm, o): return (o-o.mean(-1, keepdim=True))/(o.var(-1, keepdim=True, correction=0)+1e-6).sqrt()*s[f'{nm}.weight']+s[f'{nm}.bias']
+    s,D = {k:v.double() for k,v in s.items()},s['cls_token'].shape[-1]
+    n,_,h,w = x.shape
+    patches = x.view(n,3,h//16,16,w//16,16).permute(0,2,4,1,3,5).reshape(n,-1,3*256)@s['patch_embed.proj.weight'].flatten(1).T + s['patch_embed.proj.bias']
+    x,d = torch.cat([s['cls_token'].expand(n,-1,-1), patches], 1)+s['pos_embed'],D//heads
+    for i in range(sum('norm1.weight' in k for k in s)):
+        q,k,v = layer(f'blocks.{i}.attn.qkv', norm(f'blocks.{i}.norm1', x)).chunk(3, -1)
+        x = x+layer(f'blocks.{i}.attn.proj', torch.cat([(q[...,o:o+d]@k[...,o:o+d].mT/d**.5).softmax(-1)@v[...,o:o+d] for o in range(0, D, d)], -1))
+        x = x+layer(f'blocks.{i}.mlp.fc2', F.gelu(layer(f'blocks.{i}.mlp.fc1', norm(f'blocks.{i}.norm2', x))))
+    return norm('norm', x)[:,0]
+
+VIT = 'vit_small_patch16_224'
+
+@pytest.fixture(scope='module')
+def student(): return vit_state()
+
+@pytest.fixture(scope='module')
+def vit_file(files, student):
+    return write_mocov3(files/'vit-s-300ep.pth.tar', student | mlp('head', 384, 16, 16, 8), 'vit_small', mlp('predictor', 8, 16, 8))
+
+@pytest.fixture(scope='module')
+def images(): return torch.randn(2, 3, 224, 224, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+
+def exactly(a, b): torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-9, atol=1e-9)
+
+def test_mocov3_resnet(files, net, x, tmp_path):
+    "The student, by name and by path, for the encoders of all libraries; each batch norm as it was"
+    student = {k:v for k,v in net.state_dict().items()}
+    file = write_mocov3(files/'r-50-1000ep.pth.tar', student | mlp('fc', 2048, 16, 8), 'resnet50', mlp('predictor', 8, 16, 8, last_bn=False))
+    for enc in (create_encoder('resnet50', pretrained='mocov3_resnet50_1000ep'), load_official(create_timm_encoder('resnet50', pretrained=False, pool_type='avg'), file)):
+        for a,b in zip(enc.state_dict().values(), student.values(), strict=True): assert torch.equal(a, b)
+        exactly(enc.double().eval()(x.double()), deepcopy(net).double()(x.double()))
+    assert create_encoder('resnet50', pretrained=file).made_with==dict(library='fastai', arch='resnet50', n_in=3, pool_type='avg', low_resolution=False)
+    with pytest.raises(ValueError, match=r'r-50-1000ep.pth.tar does not fit this Sequential, nothing was loaded.* layer1\.0\.conv3\.weight: is left over'): create_encoder('resnet18', pretrained=file)
+    with pytest.raises(ValueError, match=r'mocov3_resnet50_1000ep has no projector with prototypes \(no heads at all\)'): create_official_model('mocov3_resnet50_1000ep')
+
+@pytest.mark.parametrize('by', ['name', 'path'])
+def test_mocov3_vit(by, vit_file, student, images):
+    "12 heads, of the student; 6 give other features"
+    enc = create_encoder(VIT, pretrained='mocov3_vits16_300ep' if by=='name' else vit_file, depth=2).double().eval()
+    assert {o.num_heads for o in enc.modules() if hasattr(o, 'num_heads')}=={12} and enc.made_with['num_heads']==12
+    want = vit_by_hand(student, images)
+    exactly(enc(images), want)
+    assert (vit_by_hand(student, images, heads=6)-want).abs().max()>.01*want.abs().max()
+
+def test_names_of_a_whole_vit():
+    "Those that timm's 12 blocks have"
+    for arch,D in ((VIT, 384), ('vit_base_patch16_224', 768)):
+        with torch.device('meta'): enc = create_encoder(arch, pretrained=False, num_heads=12)
+        assert {k:v.shape for k,v in enc.state_dict().items()}=={k:v.shape for k,v in vit_state(D, 12).items()}
+
+def test_mocov3_vit_of_other_images(vit_file, student, images):
+    grey = create_encoder(VIT, pretrained='mocov3_vits16_300ep', depth=2, n_in=1).double().eval()
+    close(grey(images[:,:1]), vit_by_hand(student, images[:,:1].expand(-1,3,-1,-1)))
+    pos   = student['pos_embed']
+    grid  = F.interpolate(pos[:,1:].view(1,14,14,384).permute(0,3,1,2), (4,4), mode='bicubic', antialias=True).flatten(2).mT
+    small = create_encoder(VIT, pretrained=vit_file, depth=2, img_size=64).double().eval()
+    x = images[...,:64,:64]
+    exactly(small(x), vit_by_hand(student | dict(pos_embed=torch.cat([pos[:,:1], grid], 1)), x))
+
+@pytest.mark.parametrize('f', [
+    lambda o: create_encoder(VIT, pretrained=o, depth=2, num_heads=6),
+    lambda o: load_official(create_timm_encoder(VIT, pretrained=False, depth=2), o),
+    lambda o: create_encoder(timm.create_model(VIT, num_classes=0, depth=2), pretrained=o),
+], ids=['asked for','made before','plain'])
+@pytest.mark.parametrize('by', ['name', 'path'])
+def test_mocov3_vit_of_other_heads(f, by, vit_file):
+    o = 'mocov3_vits16_300ep' if by=='name' else vit_file
+    with pytest.raises(ValueError, match=rf"{re.escape(str(o))} needs an encoder with num_heads=12, this VisionTransformer has num_heads=6, nothing was loaded.*as create_encoder\('{VIT}', pretrained='{re.escape(str(o))}'\) does"): f(o)
+
+def test_other_files_of_a_vit_have_the_heads_they_had(files, student, images):
+    torch.save(student, files/'dino_deitsmall16_pretrain.pth')
+    for o in ('dino_vits16', files/'dino_deitsmall16_pretrain.pth'):
+        exactly(create_encoder(VIT, pretrained=o, depth=2).double().eval()(images), vit_by_hand(student, images, heads=6))
+
+def test_mocov3_vit_exported(vit_file, student, images, tmp_path):
+    "Built again with as many heads"
+    enc   = create_encoder(VIT, pretrained='mocov3_vits16_300ep', depth=2)
+    learn = Learner(tensor_dls(torch.rand(4,3,32,32), bs=2), create_simclr_model(enc), loss_func=len)
+    file  = learn.export_encoder(tmp_path/'e.safetensors')
+    assert encoder_info(file)['create_encoder']['num_heads']==12
+    exactly(load_encoder(file).double().eval()(images), vit_by_hand(student, images))
+
+def test_mocov3_vit_has_no_model(vit_file):
+    for o in ('mocov3_vits16_300ep', vit_file):
+        with pytest.raises(ValueError, match='has no projector with prototypes'): create_official_model(o)

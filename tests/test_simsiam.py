@@ -1,20 +1,18 @@
 "SimSiam against a loop of its own, in float64"
-import copy, warnings
+import copy
 from functools import lru_cache
 
 import pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.training import GradientAccumulation
-from fastai.layers import ConvLayer
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import SGD
 from fastai.torch_core import trainable_params
 from torch import nn
 
-from methods import corners
-from self_supervised.data import fashion_mnist, tensor_dls
-from self_supervised.diagnostics import CollapseMonitor
+from methods import Record, corners, monitored, small_encoder
+from self_supervised.data import tensor_dls
 from self_supervised.dist import all_mean
 from self_supervised.optimizer import LARC
 from self_supervised.recipes import get_recipe
@@ -38,14 +36,7 @@ def test_loss(V, ids):
     assert simsiam_loss(p.bfloat16(), z.bfloat16(), ids).dtype==torch.float32
 
 
-def small_encoder(bn=True): return nn.Sequential(nn.Conv2d(1,6,3), *([nn.BatchNorm2d(6)] if bn else []), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
 def small_model(bn=True): return create_simsiam_model(small_encoder(bn), 16, 6, bn=bn, predictor_size=16) # wide enough for no prediction to be zero
-
-class Record(Callback):
-    order = 90
-    def before_fit(self): self.steps,self.grads = [],None
-    def before_step(self): self.grads = {k:p.grad.clone() for k,p in self.learn.model.named_parameters() if p.grad is not None} # after the last batch of a step
-    def after_batch(self): self.steps.append((float(self.learn.loss.detach()), self.grads, {k:v.clone() for k,v in self.learn.model.state_dict().items()})); self.grads = None
 
 @pytest.mark.parametrize('accumulate', [False, True])
 @pytest.mark.parametrize('sizes,ids', [((8,8),(0,1)), ((8,8,5,5,5,5),(0,1)), ((8,8),(1,))], ids='2 2+4 one'.split())
@@ -172,20 +163,14 @@ class GradientThrough(SimSiam):
         return all_mean(-(p*z.flip(0)).sum(2).mean(), p.shape[1])
 
 @lru_cache
-def run(cls=SimSiam, predictor=True, end_bn=True, epochs=4, lr=3e-3):
-    "A fit on Fashion-MNIST, and what its monitor has seen"
-    torch.manual_seed(0)
-    (x,_),_ = fashion_mnist()
-    enc = nn.Sequential(ConvLayer(1,16,stride=2), ConvLayer(16,32,stride=2), ConvLayer(32,64,stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    model = create_simsiam_model(enc, 128, 128, predictor_size=32)
-    if not end_bn: model.projector[-1] = nn.Identity()
-    if not predictor: model.predictor = nn.Identity()
-    views = get_simsiam_aug_pipelines(20, resize_scale=(.4,1), jitter=False, bw=False, blur=False, stats=None)
-    learn = Learner(tensor_dls(x[:1024], bs=64, device='cpu', seed=0), model, cbs=[cls(views), CollapseMonitor(every=4, warmup=10)])
-    with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        learn.fit(epochs, lr)
-    return learn.collapse_monitor
+def run(cls=SimSiam, predictor=True, end_bn=True, **kwargs):
+    "A fit, perhaps without a part of the model"
+    def _create(enc):
+        model = create_simsiam_model(enc, 128, 128, predictor_size=32)
+        if not end_bn: model.projector[-1] = nn.Identity()
+        if not predictor: model.predictor = nn.Identity()
+        return model
+    return monitored(_create, cls(get_simsiam_aug_pipelines(20, resize_scale=(.4,1), jitter=False, bw=False, blur=False, stats=None)), **kwargs)
 
 broken = pytest.mark.parametrize('broken', [dict(predictor=False), dict(cls=GradientThrough)], ids=['no predictor', 'gradient through targets'])
 long   = dict(epochs=8, lr=1e-2)

@@ -9,7 +9,8 @@ from fastai.callback.training import GradientAccumulation
 from timm.layers import DropPath
 from torch import nn
 
-from methods import augs, encoder, images, learner, loaders, quiet
+from methods import augs, callback, encoder, images, learner, loaders, quiet
+from self_supervised.diagnostics import CollapseMonitor
 from self_supervised.layers import create_mlp_module
 from self_supervised.multicrop import multicrop
 from self_supervised.teacher import EMATeacher
@@ -136,3 +137,30 @@ def test_sees_the_assigning_views_only():
 @pytest.mark.parametrize('kwargs,says', [(dict(m=1.1), 'm=1.1 is a momentum'), (dict(m_end=-1), 'm_end=-1'), (dict(crop_assgn_ids=[0,2]), 'crop_assgn_ids=')])
 def test_mistakes(kwargs, says):
     with pytest.raises(ValueError, match=says): BYOL(augs('byol'), **kwargs)
+
+@pytest.mark.parametrize('name,kwargs', [('byol',{}), ('moco',dict(K=16)), ('moco',dict(K=16, crop_assgn_ids=[1])), ('moco',dict(K=None)), ('dino',{})], ids='byol queue one-direction batch dino'.split())
+def test_agreement_is_watched(name, kwargs):
+    "By the monitor: the mean cosine of what is said of each view and what the teacher says of each other one that it sees"
+    class Seen(Callback):
+        order = CollapseMonitor.order+1
+        def before_fit(self): self.all = []
+        def after_loss(self):
+            if not self.training: return
+            cb = learn.ssl
+            said = (self.pred[1]-cb.ssl_model.centre if name=='dino' else self.pred).detach().chunk(len(self.xb[0]))
+            told = cb.target-cb.ssl_model.centre if name=='dino' else cb.target
+            asks = [i for i,v in enumerate(cb.views) if any(v is o for o in self.xb[0])]
+            cos  = [torch.nn.functional.cosine_similarity(a[i], t[i], dim=0) for v,a in zip(asks, said) for u,t in zip(cb.crop_assgn_ids, told) if u!=v for i in range(len(a))]
+            self.all.append(float(sum(cos)/len(cos)))
+    torch.manual_seed(0)
+    cb = callback(name, augs(name)[:2], **kwargs)
+    learn = learner(name, cb=cb, cbs=[CollapseMonitor(every=1), Seen()])
+    learn.ssl = cb
+    quiet(learn, 2)
+    assert len(learn.seen.all)==10
+    torch.testing.assert_close(torch.tensor(learn.collapse_monitor.history['agreement']), torch.tensor(learn.seen.all), rtol=0, atol=1e-5)
+
+def test_no_teacher_no_agreement():
+    torch.manual_seed(0); learn = learner('simclr', cbs=CollapseMonitor(every=1))
+    quiet(learn, 1)
+    assert 'agreement' not in learn.collapse_monitor.history

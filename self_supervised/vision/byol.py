@@ -6,9 +6,7 @@
 __all__ = ['get_byol_aug_pipelines', 'BYOLModel', 'create_byol_model', 'byol_loss', 'BYOL']
 
 # %% ../../nbs/45_vision.byol.ipynb #861dc519
-import torch
 from torch import nn, Tensor
-from torch.nn import functional as F
 from fastcore.meta import delegates
 from fastai.layers import apply_init
 
@@ -17,7 +15,7 @@ from ..dist import all_mean
 from ..layers import create_mlp_module, encoder_dim
 from ..methods import register_method
 from ..multicrop import multicrop
-from ..teacher import EMATeacher, TeacherCallback
+from ..teacher import EMATeacher, TeacherCallback, mean_cosine
 
 # %% ../../nbs/45_vision.byol.ipynb #719d1c9f
 @delegates(get_asymmetric_aug_pipelines)
@@ -68,12 +66,7 @@ def byol_loss(
     ids:list=(0,1), # which of the V views these are
 ) -> Tensor: # scalar, from 0 to 4
     "Mean of 2 − 2·cos over all pairs of an assigning view and another one"
-    if len(preds)<2 or len(targets)!=len(ids): raise ValueError(f'{len(preds)} views and {len(targets)} targets for ids={list(ids)}: give two views or more, and a target for each of `ids`')
-    wide  = torch.promote_types(preds.dtype, torch.float32)
-    p,t   = F.normalize(preds.to(wide), dim=2),F.normalize(targets.detach().to(wide), dim=2)
-    total = p.sum(0)
-    cos = sum(((total-p[a])*o).sum(1).mean() for a,o in zip(ids, t))
-    return 2 - 2*cos/(len(t)*(len(p)-1))
+    return 2 - 2*mean_cosine(preds, targets, ids)
 
 # %% ../../nbs/45_vision.byol.ipynb #6259a8d8
 class BYOL(TeacherCallback):

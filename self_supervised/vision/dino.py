@@ -25,11 +25,12 @@ from ..core import SSLCallback, encoder_of
 from ..dist import all_mean, all_reduce
 from ..layers import encoder_dim
 from ..methods import OfficialWeights, register_method
+from ..models.vision_transformer import MultiCropWrapper
 from ..multicrop import multicrop
 from ..pipelines import check_view_ids
 from ..pixels import unit_float
 from ..sinkhorn import sinkhorn_knopp
-from ..teacher import EMATeacher, TeacherCallback
+from ..teacher import EMATeacher, TeacherCallback, mean_cosine
 
 # %% ../../nbs/47_vision.dino.ipynb #bae33e96
 @crop_kinds('num_crops', 'crop_sizes', 'min_scales', 'max_scales')
@@ -110,14 +111,16 @@ class DINOHead(nn.Module):
 class DINOModel(nn.Module):
     "Encoder and head, the teacher that follows them, and the centre of what it says"
     def __init__(self,
-        student:nn.Sequential, # encoder, (B,C,H,W) → (B,F), and `DINOHead`
+        student:nn.Sequential, # encoder, (B,C,H,W) → (B,F), also in a `MultiCropWrapper`, and `DINOHead`
         teacher:nn.Sequential=None, # of the same build; None: a copy
     ):
         super().__init__()
-        if any(len(o)!=2 or not isinstance(o[1], DINOHead) for o in (student, *([] if teacher is None else [teacher]))): raise TypeError(
+        pairs = [student] if teacher is None else [student, teacher]
+        if any(len(o)!=2 or not isinstance(o[1], DINOHead) for o in pairs): raise TypeError(
             'student and teacher are pairs, nn.Sequential(encoder, DINOHead(…)): create_dino_model(encoder) makes the model of an encoder')
-        self.encoder,self.projector = student
-        self.teacher = EMATeacher(*(student if teacher is None else teacher))
+        pairs = [(o.encoder if isinstance(o, MultiCropWrapper) else o, head) for o,head in pairs] # views of several sizes are this model's own business
+        self.encoder,self.projector = pairs[0]
+        self.teacher = EMATeacher(*pairs[-1])
         self.teacher.begin(self)
         self.register_buffer('centre', torch.zeros(len(self.projector.last_layer.weight_v)))
 
@@ -244,6 +247,16 @@ def lf(self:DINO,
     self.last_codes = self.codes(self.target)
     if self.training and self.centring=='centre': self._move_centre(self.target)
     return all_mean(dino_loss(scores, self.last_codes, self.large_crop_ids, self.tps), scores.shape[1])
+
+@patch
+def agreement(self:DINO,
+    pred:tuple, # projections (V·B,D) and scores (V·B,K) from the model
+) -> Tensor: # scalar, −1 to 1
+    "How much the scores of student and teacher are alike, past the centre"
+    c = self.ssl_model.centre
+    return mean_cosine(pred[1].unflatten(0, (len(self.views),-1))-c, self.target-c, self.large_crop_ids)
+
+DINO.heads = staticmethod(lambda model: model.projector.last_layer.weight.detach()[None]) # one head, for the pictures
 
 # %% ../../nbs/47_vision.dino.ipynb #4b61666a
 @patch

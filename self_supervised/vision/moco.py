@@ -19,7 +19,7 @@ from ..augmentations import ViewPipeline, get_asymmetric_aug_pipelines
 from ..basics import loader_facts, warn_once
 from ..dist import all_gather, all_mean, rank, rank_sizes, world_size
 from ..layers import create_mlp_module, encoder_dim
-from ..methods import register_method
+from ..methods import OfficialWeights, register_method
 from ..multicrop import multicrop
 from ..queue import FeatureQueue
 from ..teacher import EMATeacher, TeacherCallback
@@ -140,6 +140,11 @@ class MOCO(TeacherCallback):
         "The views that ask: all, or all but the one that alone gives keys"
         return [views[i] for i in self.query_ids]
 
+    @property
+    def target_ids(self) -> list: # None for a view that does not ask
+        "Which of the views that ask the keys are of"
+        return [self.query_ids.index(a) if a in self.query_ids else None for a in self.crop_assgn_ids]
+
     def before_train(self):
         "Keys by running averages, if that was asked for"
         super().before_train()
@@ -169,11 +174,10 @@ def lf(self:MOCO,
     pred:Tensor, # queries (V·B,D) from the model
 ) -> Tensor: # scalar
     "The loss of this batch, joined over processes; then its keys join the queue"
-    k,asks = F.normalize(self.target, dim=2),self.query_ids
-    ids  = [asks.index(a) if a in asks else None for a in self.crop_assgn_ids]
+    k = F.normalize(self.target, dim=2)
     if self.K: self.queue.resize(1, self.K, k.shape[2])
     past = self.queue.feats[0] if self.K and len(self.queue.feats) else None
-    loss = moco_loss(pred.unflatten(0, (len(asks),-1)), k, self.temp, past, ids, self.equal_sizes)
+    loss = moco_loss(pred.unflatten(0, (-1,k.shape[1])), k, self.temp, past, self.target_ids, self.equal_sizes)
     if self.K and past is None: loss = loss/(2*self.temp)
     self.n_negs = len(past) if past is not None else k.shape[1]*world_size()-1
     if self.K and self.training: self.queue.push(k.transpose(0,1).flatten(0,1)[None], self.equal_sizes)
@@ -202,14 +206,26 @@ _v2 = dict(arch='resnet50', opt='sgd', bs=256, lr=.03, lr_start=.03, lr_final=0.
 _v3 = dict(arch='resnet50', opt='lars', bs=4096, lr_start=0., lr_final=0., warmup_epochs=10., wd=1e-6, size=224, resize_scale=(.2,1.), jitter_s=.5, saturation=.5, jitter_p=.8, bw_p=.2, blur_s=(.1,2.),
            blur_ps=(1.,.1), solarize_ps=(0.,.2), hidden_size=4096, projection_size=256, bn=True, last_bn=True, predictor=True, fastai_init=False, K=None, m=.99, temp=1.)
 
+_r50 = dict(prefix='base_encoder.', head='fc.')
+_vit = dict(prefix='base_encoder.', head='head.', args=dict(num_heads=12)) # timm's ViT-S has 6
+
+def _weights(arch, epochs, top1, nm, **layout):
+    return OfficialWeights(arch, 'MoCo v3', epochs, 4096, '2×224', top1, f'https://dl.fbaipublicfiles.com/moco-v3/{nm}/{nm}.pth.tar', **layout)
+
 register_method('moco', MOCO, MoCoModel, create_moco_model, get_moco_aug_pipelines, moco_loss, recipes=dict(
     moco_v2_200ep      = dict(about='Chen et al. 2020b; ImageNet, linear: 67.5 % top-1.', epochs=200, **_v2),
     moco_v2_800ep      = dict(like='moco_v2_200ep', about='Chen et al. 2020b; ImageNet, linear: 71.1 % top-1.', epochs=800),
     moco_v3_r50_100ep  = dict(about='Code of Chen et al. 2021; ImageNet, linear: 68.9 % top-1.', epochs=100, lr=7.2, **_v3),
     moco_v3_r50_300ep  = dict(like='moco_v3_r50_100ep', about='Code of Chen et al. 2021; ImageNet, linear: 72.8 % top-1.', epochs=300, lr=4.8),
     moco_v3_r50_1000ep = dict(like='moco_v3_r50_100ep', about='Code of Chen et al. 2021; ImageNet, linear: 74.6 % top-1.', epochs=1000, lr=4.8, wd=1.5e-6, m=.996),
-    moco_v3_vits_300ep = dict(like='moco_v3_r50_100ep', about='Code of Chen et al. 2021, with 12 heads; ImageNet, linear: 73.2 % top-1.', arch='vit_small_patch16_224', pool_type='token', frozen_patches=True,
+    moco_v3_vits_300ep = dict(like='moco_v3_r50_100ep', about='Code of Chen et al. 2021; ImageNet, linear: 73.2 % top-1.', arch='vit_small_patch16_224', pool_type='token', frozen_patches=True, num_heads=12,
                               opt='adam', epochs=300, lr=2.4e-3, warmup_epochs=40., wd=.1, wd_bn_bias=True, resize_scale=(.08,1.), nlayers=3, predictor_last_bn=True, temp=.2),
     moco_small         = dict(bs=128, epochs=12, opt='adam', lr_start=4e-4, lr=4e-3, lr_final=4e-6, warmup_epochs=1., mom=.9, wd=.01, precision='fp32', arch='test_resnet', low_resolution=True,
                               size=28, resize_scale=(.4,1.), jitter_s=.5, bw=False, blur=False, solarize=False, hidden_size=512, projection_size=128, bn=True, K=1024, m=.99, temp=.2,
-                              about='Ours, for Fashion-MNIST; not measured yet.')));
+                              about='Ours, for Fashion-MNIST; not measured yet.')),
+    weights=dict(
+        mocov3_resnet50_100ep  = _weights('resnet50', 100, 68.9, 'r-50-100ep', **_r50),
+        mocov3_resnet50_300ep  = _weights('resnet50', 300, 72.8, 'r-50-300ep', **_r50),
+        mocov3_resnet50_1000ep = _weights('resnet50', 1000, 74.6, 'r-50-1000ep', **_r50),
+        mocov3_vits16_300ep    = _weights('vit_small_patch16_224', 300, 73.2, 'vit-s-300ep', **_vit),
+        mocov3_vitb16_300ep    = _weights('vit_base_patch16_224', 300, 76.7, 'vit-b-300ep', **_vit)));

@@ -6,9 +6,7 @@
 __all__ = ['get_simsiam_aug_pipelines', 'SimSiamModel', 'create_simsiam_model', 'simsiam_loss', 'SimSiam', 'predictor_splitter']
 
 # %% ../../nbs/46_vision.simsiam.ipynb #52b340cc
-import torch
 from torch import nn, Tensor
-from torch.nn import functional as F
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
@@ -22,6 +20,7 @@ from ..layers import create_mlp_module, encoder_dim
 from ..methods import register_method
 from ..multicrop import multicrop
 from ..pipelines import check_view_ids
+from ..teacher import mean_cosine
 
 # %% ../../nbs/46_vision.simsiam.ipynb #66400607
 @delegates(get_batch_augs, but=['size', 'jitter_s'])
@@ -77,11 +76,7 @@ def simsiam_loss(
     ids:list=(0,1), # which of the V views these are
 ) -> Tensor: # scalar, from −1 to 1
     "Mean of −cos over all pairs of an assigning view and another one"
-    if len(preds)<2 or len(targets)!=len(ids): raise ValueError(f'{len(preds)} views and {len(targets)} targets for ids={list(ids)}: give two views or more, and a target for each of `ids`')
-    wide  = torch.promote_types(preds.dtype, torch.float32)
-    p,t   = F.normalize(preds.to(wide), dim=2),F.normalize(targets.detach().to(wide), dim=2)
-    total = p.sum(0)
-    return -sum(((total-p[a])*o).sum(1).mean() for a,o in zip(ids, t))/(len(t)*(len(p)-1))
+    return -mean_cosine(preds, targets, ids)
 
 # %% ../../nbs/46_vision.simsiam.ipynb #5a120bfe
 class SimSiam(SSLCallback):

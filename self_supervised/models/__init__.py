@@ -1,0 +1,1 @@
+"Networks, one kind, one module"
