@@ -91,7 +91,7 @@ def open_encoder(
     if n_in and n_in!=(c := encoder_channels(encoder)): raise ValueError(f'--n-in {n_in}: {name} takes images of {c} channel(s); leave it out, and they are read like that')
     norm  = info.get('normalization')
     stats = (norm['mean'],norm['std']) if norm else None if info or encoder_channels(encoder)!=3 else imagenet_stats
-    if name in weights and stats: # the authors' own
+    if name in weights and name in known()['recipes'] and stats: # the authors' own
         from self_supervised.recipes import get_recipe
         stats = get_recipe(name).settings['stats']
     return encoder.to(default_device()),info.get('input_size') or 224,stats

@@ -73,7 +73,7 @@ def test_ten_steps(K, sizes, ids, accumulate):
         with torch.no_grad():
             for k,p in plain.named_parameters():
                 if not p.requires_grad: continue
-                torch.testing.assert_close(got_grads[k], p.grad, rtol=0, atol=1e-6, msg=f'{k} in batch {i}')
+                torch.testing.assert_close(got_grads[k], p.grad, rtol=0, atol=1e-5, msg=f'{k} in batch {i}')
                 p -= lr*p.grad; p.grad = None
     if not n:
         for k,v in plain.state_dict().items():
