@@ -65,7 +65,7 @@ def attention_heads(
     encoder:nn.Module, # any
 ) -> list: # of ints, in the order of the modules; [] without attention, and where it has no `num_heads`
     "The numbers of heads of the modules of `encoder` that have some"
-    return [int(n) for o in encoder.modules() if isinstance(n := vars(o).get('num_heads'), Integral)]
+    return [int(n) for o in encoder.modules() if isinstance(n := getattr(o, 'num_heads', None), Integral)]
 
 def check_heads(
     encoder:nn.Module, # which the weights are to fit

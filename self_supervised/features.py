@@ -21,7 +21,7 @@ from fastcore.basics import first
 from fastcore.foundation import CollBase
 from fasttransform import Pipeline
 from fastprogress import progress_bar
-from fastai.data.core import TfmdDL
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Normalize
 from fastai.distributed import DistributedDL
@@ -56,7 +56,9 @@ def without_normalization(
     return dict(after_batch=Pipeline([o for o in dl.after_batch.fs if not isinstance(o, (Normalize,NormalizeView))]))
 
 # %% ../nbs/50_features.ipynb #fb97157d
-def _inner(dl): return dl.dl if isinstance(dl, DistributedDL) else dl # each process holds a part
+def _inner(dl):
+    if isinstance(dl, DataLoaders): raise TypeError('these are DataLoaders, for training and for validation: pass one of them, dls.train or dls.valid')
+    return dl.dl if isinstance(dl, DistributedDL) else dl # each process holds a part
 
 _whole = torch_data.SequentialSampler, torch_data.RandomSampler, torch_data.WeightedRandomSampler, torch_data.DistributedSampler
 

@@ -7,7 +7,7 @@ import numpy as np, psutil, pytest, timm, torch, torchvision
 from PIL import Image
 
 import processes
-from self_supervised import cli, cli_judge, cli_log, cli_pretrain
+from self_supervised import cli, cli_judge, cli_log, cli_pretrain, methods
 from self_supervised.all import (create_encoder, create_swav_model, encoder_info, fashion_mnist, fine_tune, knn, linear_probe, load_encoder, read_checked,
                                  sgd_probe, tensor_dls, write_atomic)
 from self_supervised.cli_command import ask_package, flags_file, parse as parse_words
@@ -464,6 +464,51 @@ def test_life_of_a_run(tmp_path, capsys):
     for kwargs in (dict(epochs=2), dict(temp=.2)):
         with pytest.raises(ValueError, match='holds an encoder, and no checkpoints'): quick(im, run, **kwargs)
     assert held(run)==before
+
+def test_heads_of_released_weights(tmp_path, monkeypatch, capsys):
+    "A run that begins with weights of other heads than its recipe builds is refused before it has a folder, with the flag; with it the run goes on, and is judged, as it began"
+    moco,vit = methods._methods['moco'],timm.create_model('test_vit', num_classes=0, num_heads=4)
+    monkeypatch.setitem(methods._methods, 'moco', moco._replace(weights=dict(tiny_vit=methods.OfficialWeights('test_vit', 'MoCo v3', 1, 8, '2×224', 1., 'file:///nowhere/tiny.pth', 'base_encoder.', 'head.', dict(num_heads=4)))))
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path))
+    (tmp_path/'checkpoints').mkdir()
+    torch.save({f'module.base_encoder.{k}':v for k,v in vit.state_dict().items()} | {'module.base_encoder.head.0.weight':torch.ones(2,2)}, tmp_path/'checkpoints'/'tiny.pth')
+    im,run = few(tmp_path/'im'/'a'),tmp_path/'run'
+    few(tmp_path/'im'/'b', seed=1)
+    words = [*f'ssl_pretrain {im} --recipe moco_v3_vits_300ep --arch test_vit --bs 8 --size 32 --hidden-size 16 --projection-size 8 --warmup-epochs 0 --workers 0 --epochs 1 --lr 1e-5'.split()]
+    def start(*more):
+        monkeypatch.setattr(sys, 'argv', [*words, *map(str, more)])
+        cli.ssl_pretrain()
+    def refused(*more):
+        with pytest.raises(SystemExit) as e: start(*more)
+        return e.value.code
+    def features(enc):
+        with torch.no_grad(): return enc.eval().cpu()(torch.linspace(-1, 1, 2*3*32*32).view(2,3,32,32))
+
+    assert re.search(r'--num-heads 12 does not fit test_vit .*: --num-heads none keeps', refused('--out', run)) # those of the recipe
+    for w in ('tiny_vit', tmp_path/'checkpoints'/'tiny.pth'):
+        assert re.search(rf'{w} needs an encoder with --num-heads 4, that of moco_v3_vits_300ep has --num-heads 2.*Build it with --num-heads 4', refused('--init', w, '--num-heads', 'none', '--out', run))
+    assert not run.exists()
+    start('--init', 'tiny_vit', '--num-heads', 4, '--out', run)
+    want = features(load_encoder(run)) # the encoder that was trained
+    assert encoder_info(run)['attention_heads']==[4]*6 and (want-features(vit)).abs().max()<.1*(want-features(create_encoder('test_vit', pretrained=False))).abs().max()
+    own = (run/'encoder.safetensors').rename(tmp_path/'own.safetensors')
+    assert torch.equal(features(open_encoder(str(run))[0]), want) # from the checkpoint, built from the recipe
+    assert cli.ssl_knn(str(run), tmp_path/'im', size=32, k=2).settings['train']>0
+    start('--init', 'tiny_vit', '--num-heads', 4, '--out', run)
+    assert 'where it ended' in capsys.readouterr().out and torch.equal(features(load_encoder(run)), want)
+
+    for w in (own, run): assert re.search(r'encoder with --num-heads 4, this VisionTransformer has --num-heads 2.*Build it with --num-heads 4', refused('--init', w, '--num-heads', 'none', '--out', tmp_path/'two'))
+    assert not (tmp_path/'two').exists()
+
+def test_released_weights_without_a_recipe(tmp_path, monkeypatch):
+    "of their name are judged with ImageNet's colours"
+    moco,net = methods._methods['moco'],create_encoder('test_resnet', pretrained=False, pool_type='avg')
+    monkeypatch.setitem(methods._methods, 'moco', moco._replace(weights=dict(tiny_resnet=methods.OfficialWeights('test_resnet', 'x', 1, 8, '2×224', 1., 'file:///nowhere/tiny.pth'))))
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path))
+    (tmp_path/'checkpoints').mkdir()
+    torch.save(net.state_dict(), tmp_path/'checkpoints'/'tiny.pth')
+    encoder,_,stats = open_encoder('tiny_resnet')
+    assert np.allclose(stats, ([.485,.456,.406], [.229,.224,.225])) and all(torch.equal(a.cpu(), b) for a,b in zip(encoder.state_dict().values(), net.state_dict().values(), strict=True))
 
 def test_a_damaged_image_is_deleted(tmp_path, capsys):
     "The run that it stopped goes on from the shell, with what is left"

@@ -274,6 +274,7 @@ def test_attention_of_other_sizes():
     axes = show_attention(m, torch.rand(2,1,26,15), stats=None)
     assert len(axes)==8 and axes[0].images[0].get_array().shape[:2]==(24,12) and axes[1].images[0].get_array().shape==(6,3)
     assert [o.get_title() for o in axes[:5]]==['','head 0','head 1','head 2','']
+    assert show_attention(m, torch.rand(1,1,8,12), stats=None)[1].images[0].get_array().shape==(2,3) # so few rows are no channels
 
 def test_attention_needs_a_class_token():
     for o in (small_encoder(), vit(class_token=False, pool_type='avg')):

@@ -1,15 +1,17 @@
 "The file of an encoder: what it says of itself, that it is whole, and that it holds numbers"
-import json, os, stat
+import json, os, re, stat
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
 import numpy as np, pytest, timm, torch
 from fastai.learner import Learner
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from self_supervised.data import tensor_dls
-from self_supervised.export import check_finite, creation_text, encoder_info, is_safetensors, load_encoder
+from self_supervised.export import attention_heads, check_finite, creation_text, encoder_info, is_safetensors, load_encoder
 from self_supervised.checkpoint import Checkpoint
 from self_supervised.layers import create_encoder, create_timm_encoder, encoder_dim
 from self_supervised.pretrained import to_layout
@@ -166,6 +168,60 @@ def test_what_else_people_have(tmp_path, f):
     (tmp_path/'empty').mkdir()
     with pytest.raises(ValueError, match='empty is a folder without encoder.safetensors: pass a file'): f(tmp_path/'empty')
     with pytest.raises((FileNotFoundError,ValueError), match='gone.*(there is no such file|is not a file)'): f(tmp_path/'gone')
+
+# Heads of attention, of which no shape tells
+
+def vit(n, **kwargs): return create_encoder('test_vit', pretrained=False, num_heads=n, **kwargs)
+def equal(a, b): return all(torch.equal(p, q) for p,q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+def test_heads_are_in_the_file(tmp_path):
+    f = learner(vit(4)).export_encoder(tmp_path/'v')
+    assert encoder_info(f)['attention_heads']==[4]*6 and attention_heads(load_encoder(f))==[4]*6
+    for o in (conv(), create_encoder('test_resnet', pretrained=False)): assert 'attention_heads' not in encoder_info(learner(o).export_encoder(tmp_path/'c'))
+    own = nn.Sequential(nn.Conv2d(3,8,16,16), nn.Flatten(2), nn.TransformerEncoderLayer(4, 2, 8), nn.Flatten(), nn.Linear(32,4))
+    assert attention_heads(own)==[2] and attention_heads(torch.compile(own, backend='eager'))==[2] and attention_heads(nn.Sequential(conv(), torch.compile(vit(np.int64(2)), backend='eager')))==[2]*6
+
+def test_other_heads_are_refused(tmp_path):
+    "whatever builds the encoder that the file is to fit; nothing of it is changed"
+    enc = vit(4)
+    f   = learner(enc).export_encoder(tmp_path/'v')
+    x   = torch.rand(2,3,160,160)
+    two = vit(2); two.load_state_dict(enc.state_dict())
+    assert (two.eval()(x)-enc.eval()(x)).abs().max()>1e-3 # what would come out
+    says = f'{f} needs an encoder with num_heads=4, this VisionTransformer has num_heads=2, nothing was loaded.*Build it with num_heads=4'
+    by_itself = re.escape(f', as load_encoder({str(f)!r}) does by itself')
+    for load,more in ((lambda o: load_encoder(f, o), '$'), (lambda o: create_encoder(o, pretrained=f), by_itself), (lambda o: create_encoder('test_vit', f, pool_type='token'), by_itself)):
+        for other in (vit(2), timm.create_model('test_vit', num_classes=0)):
+            before = {k:v.clone() for k,v in other.state_dict().items()}
+            with pytest.raises(ValueError, match=says+more): load(other)
+            assert all(torch.equal(v, before[k]) for k,v in other.state_dict().items())
+    for o in (load_encoder(f), load_encoder(f, vit(4)), create_encoder('test_vit', f, pool_type='token', num_heads=4), load_encoder(f, timm.create_model('test_vit', num_heads=4, num_classes=5))): assert attention_heads(o)==[4]*6 and torch.equal(o.cls_token, enc.cls_token)
+
+def test_one_layer_of_other_heads(tmp_path):
+    "also of an encoder that does not say how it was built, or that was changed since"
+    enc = vit(4)
+    enc.blocks[2].attn.num_heads = 2
+    f = learner(enc).export_encoder(tmp_path/'v')
+    for o in (None, vit(4)):
+        with pytest.raises(ValueError, match=r'needs an encoder with num_heads=\(4, 2, 4\), this VisionTransformer has num_heads=4'): load_encoder(f, o)
+    other = vit(4); other.blocks[3].attn.num_heads = 2
+    with pytest.raises(ValueError, match=r'num_heads=\(4, 4, 2, 4, 4, 4\), this VisionTransformer has num_heads=\(4, 4, 4, 2, 4, 4\)'): load_encoder(f, other)
+    assert equal(load_encoder(f, deepcopy(enc)), enc)
+
+def test_heads_that_are_counted_twice(tmp_path):
+    "by the blocks, or by the model, and those that nobody counts, as files of older versions"
+    enc,none,other = vit(4),vit(2),vit(2)
+    twice = deepcopy(enc)
+    twice.num_heads = 4
+    for o in none.modules():
+        if hasattr(o, 'num_heads'): o.n_heads = o.num_heads; del o.num_heads
+    f,g = learner(enc).export_encoder(tmp_path/'f'),learner(twice).export_encoder(tmp_path/'g')
+    assert encoder_info(g)['attention_heads']==[4]*7
+    for o in (load_encoder(f, twice), load_encoder(g, vit(4)), load_encoder(f, none)): assert equal(o, enc)
+    with pytest.raises(ValueError, match='num_heads=4, this VisionTransformer has num_heads=2'): load_encoder(g, other)
+    with safe_open(f, 'pt') as h: info = h.metadata()
+    save_file(load_file(f), tmp_path/'old', {k:v for k,v in info.items() if k!='attention_heads'})
+    for o in (load_encoder(tmp_path/'old', other), create_encoder('test_vit', tmp_path/'old', pool_type='token')): assert attention_heads(o)==[2]*6 and equal(o, enc)
 
 def test_numbers_of_numpy(tmp_path):
     enc = create_encoder('vit_tiny_patch16_224', pretrained=False, n_in=np.int64(1), depth=1, embed_dim=24, img_size=32, patch_size=2, drop_path_rate=np.float32(0))

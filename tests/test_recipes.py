@@ -2,7 +2,7 @@
 import inspect, json, math, re, warnings
 from copy import deepcopy
 
-import numpy as np, pytest, torch
+import numpy as np, pytest, timm, torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
@@ -277,6 +277,41 @@ def test_encoder_of_the_recipe_takes_the_channels_of_the_images():
     assert not any('Normalize' in f.name for f in learn.cbs[-1].aug_pipelines[0].fs)
     assert get_recipe('simclr_small', stats=([.5],[.2])).create_callback(1).aug_pipelines[0].fs[-1].mean.flatten().tolist()==[.5]
 
+def heads(enc): return [o.num_heads for o in enc.modules() if type(o).__name__=='Attention']
+
+def test_heads_of_a_vision_transformer():
+    "MoCo v3's ViT-S has 12, where timm's of the same shapes has 6; they are a setting as any other, and not passed to networks that have none"
+    r = get_recipe('moco_v3_vits_300ep')
+    with torch.device('meta'): assert [heads(o.create_encoder()) for o in (r, r.new(num_heads=None), r.new(num_heads=3))]==[[12]*12, [6]*12, [3]*12]
+    assert any(re.match('  encoder .*num_heads=12', o) for o in repr(r).splitlines()) and 'num_heads' not in repr(get_recipe('dino_vits16_300ep')) and [o for o in recipes() if get_recipe(o).num_heads]==['moco_v3_vits_300ep']
+    assert parse(ssl_pretrain.__wrapped__, 'photos --recipe x --num-heads 12'.split())['num_heads']==12 and parse(ssl_pretrain.__wrapped__, 'photos --recipe x --num-heads none'.split())['num_heads'] is None
+    enc,plain = get_recipe('swav_small', arch='test_vit', low_resolution=False, num_heads=4).create_encoder(),timm.create_model('test_vit', num_classes=0, global_pool='avg', num_heads=4)
+    plain.load_state_dict(enc.state_dict())
+    x = torch.rand(2,3,160,160)
+    assert torch.equal(enc.eval()(x), plain.eval()(x))
+
+@pytest.mark.parametrize('arch,n,says', [('resnet18', 4, 'unexpected keyword.*num_heads'), ('xresnet18', 4, 'num_heads'), ('test_resnet', 4, 'num_heads'), ('test_vit', 3, 'divisible'), ('swin_tiny_patch4_window7_224', 3, 'subscriptable')])
+def test_heads_that_do_not_fit(arch, n, says):
+    r = get_recipe('swav_small', arch=arch, low_resolution=False, pool_type='catavgmax', num_heads=n)
+    with pytest.raises(ValueError, match=rf'^num_heads={n} does not fit {arch} \(.*{says}.*\): num_heads=None keeps what the architecture has; other numbers are for vision transformers'): r.create_encoder()
+    with torch.device('meta'): r.new(num_heads=None).create_encoder()
+    with pytest.raises(TypeError, match='patchsize'): get_recipe('swav_small', arch='test_vit', low_resolution=False, num_heads=4).create_encoder(patchsize=8) # the heads are not to blame
+
+def test_weights_that_need_other_heads(monkeypatch, tmp_path):
+    "are refused, as whoever goes on with the run builds the encoder of the recipe"
+    moco,vit = ssl_methods()['moco'],timm.create_model('test_vit', num_classes=0, num_heads=4)
+    monkeypatch.setitem(method_module._methods, 'moco', moco._replace(weights=dict(tiny_vit=method_module.OfficialWeights('test_vit', 'MoCo v3', 1, 8, '2×224', 1., 'file:///nowhere/tiny.pth', 'base_encoder.', 'head.', dict(num_heads=4)))))
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path))
+    (tmp_path/'checkpoints').mkdir()
+    file = tmp_path/'checkpoints'/'tiny.pth'
+    torch.save({f'module.base_encoder.{k}':v for k,v in vit.state_dict().items()} | {'module.base_encoder.head.0.weight':torch.ones(2,2)}, file)
+    r = get_recipe('moco_v3_vits_300ep', arch='test_vit', num_heads=4)
+    x = torch.rand(2,3,160,160)
+    for w in ('tiny_vit', file, str(file)):
+        for enc in (r.create_encoder(pretrained=w), r.new(num_heads=None).create_encoder(pretrained=w, num_heads=4)): assert heads(enc)==[4]*6 and torch.equal(enc.eval()(x), vit.eval()(x))
+        with pytest.raises(ValueError, match=rf'{re.escape(str(w))} needs an encoder with num_heads=4, that of {r.name} has num_heads=2, .*Build it with num_heads=4, a setting of the recipe'): r.new(num_heads=None).create_encoder(pretrained=w)
+        with pytest.raises(ValueError, match='needs an encoder with num_heads=4, this VisionTransformer has num_heads=8'): r.new(num_heads=8).create_encoder(pretrained=w)
+
 def test_loader_of_pytorch():
     r  = get_recipe('swav_small', **tiny, n_protos=10, arch='test_resnet')
     dl = DataLoader(TensorDataset(torch.rand(24, 1, 28, 28)), batch_size=8, shuffle=True)
@@ -328,11 +363,12 @@ def test_activations_of_a_real_step():
     (lambda: Recipe('x', 'mae'), "method='mae' is not registered; there are"),
     (lambda: Recipe('x', 'swav', opt='adamw'), "opt='adamw' must be one of larc, lars, sgd, adam"),
     (lambda: Recipe('x', 'swav', precision='half'), "precision='half' must be fp16, bf16 or fp32"),
+    (lambda: get_recipe('swav_100ep', num_heads=0), 'num_heads=0 must be a whole number'), (lambda: get_recipe('swav_100ep', num_heads=6.), 'num_heads=6.0 must be a whole number'),
     (lambda: get_recipe('swav_100ep', lr=0), 'lr=0 must be positive'), (lambda: get_recipe('swav_100ep', lr=math.nan), 'lr=nan must be positive'),
     (lambda: get_recipe('swav_100ep', epochs=10, warmup_epochs=10), 'warmup_epochs=10 must be fewer than epochs=10'),
     (lambda: Recipe('x', 'swav', epochs=10), 'warmup_epochs=10.0 must be fewer than epochs=10: give both'),
     (lambda: get_recipe('swav_100ep').fit(Learner(tensor_dls(images(16), bs=8), encoder(), loss_func=len)), r'recipe\.learner\(dls\)'),
-], ids=range(11))
+], ids=range(13))
 def test_wrong_use(f, says):
     with pytest.raises(ValueError, match=says): f()
 

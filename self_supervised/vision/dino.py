@@ -402,7 +402,7 @@ def show_attention(
     x   = ims if stats is None else (ims-ims.new_tensor(stats[0])[:,None,None])/ims.new_tensor(stats[1])[:,None,None]
     att = class_attention(vit, x.to(next(vit.parameters()).device)).cpu()
     axes = L(*subplots(len(ims), 1+att.shape[1], **{'imsize':1.5, 'layout':'constrained', **kwargs})[1].flat)
-    rows = [o for im,heads in zip(ims.cpu(), att) for o in (im[:3] if len(im) in (3,4) else im[:1], *heads)]
+    rows = [o for im,heads in zip(ims.cpu(), att) for o in (im[:3] if len(im) in (3,4) else im[:1], *heads[:,None])]
     for i,(o,ax) in enumerate(zip(rows, axes)):
         head = i%(1+att.shape[1])
         show_image(o, ax=ax, cmap='viridis' if head else 'gray', title=f'head {head-1}' if 0<head and i<=att.shape[1] else None)
