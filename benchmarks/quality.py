@@ -27,7 +27,7 @@ unless its name says otherwise, with fastai's Adam and `fit_one_cycle`; then the
 The last table has the differences of means, ± their standard error. The test images are the same for all and their number is small: a difference
 between forms that is no more than two standard errors says nothing. `--full` takes all 60,000 + 10,000 images, and twelve times as long.
 """
-import json, math, re
+import json, math, re, subprocess
 from functools import partial
 from statistics import mean, median, stdev
 
@@ -210,7 +210,7 @@ def all_methods(seeds, epochs, data, only):
         more = runs[nm] if ran==epochs else [run(f'{nm}, {ran} epochs', form, ran, seed, *data) for seed in range(n[nm])]
         res.append({'method': nm, 'seeds': n[nm], 's': median(o[0] for o in runs[nm]), **cells(runs[nm]), 'epochs': ran if form else 0, **cells(more, 'equal time: '),
                     **(cells(vit[nm], 'ViT: ') if nm in vit else {f'ViT: {c}': '' for c in columns})})
-    return {f'All methods, {epochs} epochs; accuracy on {len(data[1][0]):,} test images, in %': res}
+    return {f'{epochs} epochs, accuracy on {len(data[1][0]):,} test images, in %': res}
 
 def all_forms(seeds, epochs, data, only):
     "A row a form, and the differences between them"
@@ -223,9 +223,9 @@ def all_forms(seeds, epochs, data, only):
         ran[new]  = fitting(runs[nm], runs[ref], epochs)
         runs[new] = [run(new, forms[nm], ran[new], seed, *data) for seed in range(n[nm])]
     accs = {nm: list(zip(*o))[1:] for nm,o in runs.items()}
-    return {f'Accuracy on {len(data[1][0]):,} test images, in %':
+    return {f'accuracy on {len(data[1][0]):,} test images, in %':
                 [{'form': nm, 'epochs': ran[nm], 'seeds': len(o), 's': median(s for s,*_ in o), **cells(o)} for nm,o in runs.items()],
-            'Differences, in percentage points':
+            'differences, in percentage points':
                 [{'first': a, 'minus': b, **{c: difference(*o) for c,*o in zip(columns, accs[a], accs[b])}} for a,b in questions if {a,b}<={*accs}]}
 
 @call_parse
@@ -238,9 +238,9 @@ def main(
 ):
     "Train and judge, print the tables and write them to results/"
     data   = fashion_mnist(full)
-    tables = {}
-    if part!='forms':   tables |= all_methods(seeds, epochs, data, only)
-    if part!='methods': tables |= all_forms(seeds, epochs, data, only)
+    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
+    tables = {f'{nm.capitalize()}, at commit {commit}: {h}': rows for nm,f in dict(methods=all_methods, forms=all_forms).items() if part in ('',nm)
+              for h,rows in f(seeds, epochs, data, only).items()}
     if only: print('\n\n'.join(table(o) for o in tables.values() if o)); return
     old = json.loads((here/'results'/'quality.json').read_text())['tables'] if part else {}
-    save('quality', __doc__.partition('\n\n')[2].strip(), tables | {h:o for h,o in old.items() if h not in tables}, ('lightly','pillow'))
+    save('quality', __doc__.partition('\n\n')[2].strip(), tables | {h:o for h,o in old.items() if not h.lower().startswith(part)}, ('lightly','pillow'))

@@ -115,7 +115,7 @@ def parse(
     return {k:_joined(v, k.endswith('stats'), settings[k]['one']) if k in settings else v for k,v in args.items()}
 
 # %% ../nbs/70_cli_command.ipynb #f65d377b
-_python = {r'(?:pass |or )?skip_bad=True(?: to image_dls)?':'add --skip-bad', r'image_dls, without item_tfms':'image_dls', r' to image_dls\b':'', r', or read them yourself and use tensor_dls':'', r', or drop_last=False':'',
+_python = {r', as (?:create|load)_encoder\([^)]*\) does by itself':'', r'(?:pass |or )?skip_bad=True(?: to image_dls)?':'add --skip-bad', r'image_dls, without item_tfms':'image_dls', r' to image_dls\b':'', r', or read them yourself and use tensor_dls':'', r', or drop_last=False':'',
            r'pass a list of files':'give a text file with their names, one a line, in place of the folder', r'(larger images, )size=':r'\1load_size=', r'\bshort_side\b':'load_size', r'\bcheckpoint_encoder\b':'--checkpointing', r'\(K\)':'(--K)', r' ?\(PIL\.Image[^)]*\)':'',
            r'pass label_func\b.*?, or take':'take', r'create_encoder\((?:arch|\'(\w+)\'), pretrained=[^)]*\)':r'--arch \1', r'\(pretrained=True, the default\)':'', r'pretrained=True\b':'--init imagenet', r'or None( for images as long as they are)':r'or a large number\1', r'pass (?:pretrained=)?False\b':'give --init none', r'or None\b':'or none'}
 _named  = re.compile(r"""(?<![\w./-])([A-Za-z_][\w.]*)=(\([^()]*\)|\[[^\[\]]*\]|'[^']*'|"[^"]*"|[^\s,;:()]*[^\s,;:.()])""")
