@@ -1,6 +1,6 @@
 """The whole public API: `from self_supervised.all import *`
 
-Of rooms behind a face – `pixels` behind `augmentations`, `state` behind `checkpoint` – it brings what the face hands on; what they share among themselves stays there."""
+Of rooms behind a face – `pixels` behind `augmentations`, `state` behind `checkpoint` – it brings what the face hands on; what they share among themselves stays there. The networks in `models` are imported from there, as some have the names of others in fastai."""
 from importlib import import_module as _import
 from pkgutil import iter_modules as _modules
 
@@ -23,7 +23,6 @@ from self_supervised.augmentations import *
 from self_supervised.layers import *
 from self_supervised.multicrop import *
 from self_supervised.teacher import *
-from self_supervised.models.vision_transformer import *
 from self_supervised.sinkhorn import *
 from self_supervised.queue import *
 from self_supervised.memory import *
