@@ -86,5 +86,5 @@ def run(broken):
 def test_collapse_is_seen():
     "Without predictor, and with the student for its teacher, all becomes one; as it should be, it does not"
     broken,whole = run(True),run(False)
-    assert 'looks like a collapse' in broken.warning and not whole.warning
+    assert 'looks like a collapse' in broken.warning and 'agreement with the teacher' in broken.warning and not whole.warning
     assert broken.history['std'][-1]<.1<whole.history['std'][-1] and broken.history['agreement'][-1]>.999>whole.history['agreement'][-1]
