@@ -59,7 +59,7 @@ def limit(name, steps):
 def main(
     only:str='', # methods with this regular expression in their name; the table is printed and not saved
     steps:int=2, # of an epoch
-    rounds:int=7, # epochs of each form
+    rounds:int=5, # epochs of each form
 ):
     "Measure the methods, print the table and write it to results/"
     rows = []
