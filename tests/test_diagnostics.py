@@ -151,6 +151,7 @@ class Whole(Plain):
     "A method that nobody else knows: its chance, codes, queue and remedies"
     has_codes,settling = True,7
     def before_fit(self): super().before_fit(); self.chance,self.queue_joined = .5,False
+    def agreement(self, pred): return pred.new_tensor(.5)
     def lf(self, pred):
         self.queue_joined = self.learn.pct_train>.45
         self.last_codes   = F.one_hot(torch.arange(len(pred)//2)%4, 6)[None].float()
@@ -172,7 +173,7 @@ def test_method_that_has_all():
     m.warmup = 0
     said, = told(learn, 2)
     assert learn.recorder.metric_names[3:-1]==['loss-chance','protos','std','rank'] and set(m.history)==set(m.healthy)|{'step'}
-    assert m.history['queue']==[.25]*10 and m.history['code_entropy']==[0]*10 and m.queue_start==6
+    assert m.history['agreement']==[.5]*10 and m.history['queue']==[.25]*10 and m.history['code_entropy']==[0]*10 and m.queue_start==6
     assert learn.whole.told.queue_start is None and learn.whole.told.batch==8 # four checks up to step 4
     assert order(said)==['this first', 'Whole(settling=9), now 7', 'the model(width=3), now 4', 'the model(bn=False), now True']
     assert m.history['loss-chance'][0]==pytest.approx(float(learn.recorder.losses[0])-.5, rel=1e-4) # later ones are smoothed there
@@ -389,8 +390,9 @@ def test_plot():
     learn = monitored(every=1)
     quiet(learn, 2)
     axes = learn.collapse_monitor.plot(figsize=(8,4))
-    assert [ax.get_title() for ax in axes]==[o[0] for o in learn.collapse_monitor.healthy.values()] and axes[0].figure.get_size_inches().tolist()==[8,4]
-    for ax,k in zip(axes, learn.collapse_monitor.healthy):
+    seen = [k for k in learn.collapse_monitor.healthy if k!='agreement'] # with no teacher
+    assert [ax.get_title() for ax in axes]==[learn.collapse_monitor.healthy[k][0] for k in seen] and axes[0].figure.get_size_inches().tolist()==[8,4]
+    for ax,k in zip(axes, seen, strict=True):
         line,*more = [o for o in ax.lines if o.get_alpha()!=0]
         assert line.get_xdata().tolist()==list(range(1,11)) and line.get_ydata().tolist()==learn.collapse_monitor.history[k]
         assert [o.get_xdata()[0] for o in more]==[learn.collapse_monitor.queue_start] and len(ax.collections)==1
