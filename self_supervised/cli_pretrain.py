@@ -96,6 +96,15 @@ def _extended(out, extend, settings):
     return (n+extend if done else n),done
 
 # %% ../nbs/72_cli_pretrain.ipynb #339702bb
+def _by_folder(recipe, fns):
+    "For a recipe that learns from labels what gives each image that of its folder; nothing for the others"
+    from fastai.data.transforms import parent_label
+    from self_supervised.methods import ssl_methods
+    if not ssl_methods()[recipe.method].callback.needs_labels: return {}
+    if len(found := sorted({parent_label(o) for o in fns}))<2: raise ValueError(
+        f'--recipe {recipe.name} learns from labels, and all images lie in one folder, {found[0]}: give a folder with one folder for each class, or take a recipe without labels')
+    return dict(label_func=parent_label)
+
 @contextmanager
 def _listening(cb):
     "Let Ctrl-C end the fit of the `Checkpoint` callback `cb` in order"
@@ -143,7 +152,7 @@ def _check_flags(recipe, names, out, settings, resume, override, extend, tensorb
 
 @command
 def ssl_pretrain(
-    source:Annotated[str, {'nargs':'+'}], # folders of images, searched with all below them; image files; or text files with the name of an image in each line. Labels are not looked at
+    source:Annotated[str, {'nargs':'+'}], # folders of images, searched with all below them; image files; or text files with the name of an image in each line. The folder of an image is its class for recipes that learn from labels; for all others labels are not looked at
     recipe:Annotated[str, {'opt':True, 'required':True}], # what to do
     out:Path='pretrained', # folder for the run; if it holds one, that goes on
     labelled:str=None, # folder of labelled images: their k-NN accuracy becomes a column
@@ -219,13 +228,14 @@ def ssl_pretrain(
     long = {} if max_aspect is None else dict(max_aspect=max_aspect)
     skip = (lambda fns: good_images(fns, max(workers or 0, min(8, defaults.cpus)), **cut, n_in=n_in, background=background or 'white')) if skip_bad else None
     fns,listed,skipped = _list(sources, out, override, main, skip)
+    labels = _by_folder(r, fns)
     if suggest: return _suggest(r, fns, n_in, squares, short_side=max(cut['size']) if squares else load_size, **long)
     if r.bs%n_procs: raise ValueError(f'--bs {r.bs} is the batch of all {n_procs} processes together: give a multiple of {n_procs}')
     fastprogress.NO_BAR = not sys.stdout.isatty()
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     set_seed(seed)
     light = dict(max_value=common_depth(fns, n_in, max_value).get('max_value'), background=background or 'white')
-    dls   = image_dls(fns, **cut, **long, bs=r.bs//n_procs, n_in=n_in, num_workers=workers, seed=seed, **light)
+    dls   = image_dls(fns, **labels, **cut, **long, bs=r.bs//n_procs, n_in=n_in, num_workers=workers, seed=seed, **light)
     encoder = r.create_encoder(n_in) if init is None or _saved(out) else first_encoder(r, init, n_in)
     if checkpointing: encoder = checkpoint_encoder(encoder)
     checkpoint,notes = Checkpoint(out/'checkpoints', minutes=minutes),[]
@@ -242,6 +252,7 @@ def ssl_pretrain(
         out.mkdir(parents=True, exist_ok=True)
         data = dict(source=[*map(str, words)] if words[1:] else str(words[0]), images=len(fns), labelled=labelled, **light)
         if skipped is not None: data['skipped'] = skipped
+        if labels: data['classes'] = list(dls.vocab)
         said = dict(recipe=recipe, method=r.method, run=run, settings=r.settings, data=data, id=os.urandom(4).hex(),
                     command=_again(sys.argv), versions={o:version(o) for o in ('self_supervised','torch','torchvision','fastai','timm')}, commit=git_commit())
         if checkpoint.files: said = _said(out)|dict(data=data)

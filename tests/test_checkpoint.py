@@ -35,7 +35,7 @@ from self_supervised.vision.swav import SWAV
 from self_supervised.watcher import Watcher
 
 import methods, processes
-from methods import augs, callback, images
+from methods import augs, callback, images, loaders
 
 class Sometimes(nn.Module):
     "A layer that is left out by chance: then its parameters have no gradient, or an old one of zero (DDP does not allow it)"
@@ -47,7 +47,7 @@ def encoder(): return nn.Sequential(nn.Conv2d(1,8,3), nn.BatchNorm2d(8), nn.ReLU
 def make(folder, name='swav', seed=42, dls=None, cb=None, cbs=(), steps=3, keep=2, **kwargs):
     "A small run: 5 batches an epoch, a queue that fills in the second step, dropout, batch norm, a shuffled order"
     set_seed(seed)
-    dls = tensor_dls(images(), images(12), bs=8, seed=seed) if dls is None else dls()
+    dls = loaders(name, images(), images(12), bs=8, seed=seed) if dls is None else dls()
     cb  = callback(name, augs(name)) if cb is None else cb()
     return Learner(dls, methods.model(name, enc=encoder()), cbs=[cb, Checkpoint(folder, minutes=None, steps=steps, keep=keep), *[o() for o in cbs]], path=folder, **kwargs)
 

@@ -19,7 +19,7 @@ from self_supervised.sinkhorn import sinkhorn_knopp
 from self_supervised.vision.simclr import DistributedSimCLR, SimCLR, nt_xent_loss
 from self_supervised.vision.swav import SWAV, create_swav_model, get_swav_aug_pipelines
 
-from methods import callback, corners, methods, model, taken
+from methods import callback, corners, loaders, methods, model, taken
 from processes import on_ranks
 
 pytestmark = pytest.mark.slow
@@ -112,7 +112,7 @@ class Record(Callback):
 def learner(case, x, bs, folder, order=None):
     set_seed(7)
     nm,cb = cases[case]
-    dls = tensor_dls(x, x[:7], bs=bs, drop_last=False)
+    dls = loaders(nm, x, x[:7], bs=bs, drop_last=False)
     dls.train.shuffle = False
     if order: dls.train.get_idxs = lambda: order
     learn = Learner(dls, no_bn_model(nm).double(), opt_func=SGD, path=folder, cbs=[cb(), Record()])

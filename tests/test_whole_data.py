@@ -254,7 +254,7 @@ class Record(Callback):
 
 def steps_of(name, bs, order, folder):
     set_seed(7)
-    dls = dls_of(folder/'long', bs=bs, shuffle=False, drop_last=False)
+    dls = dls_of(folder/'long', parent_label, bs=bs, shuffle=False, drop_last=False)
     if order: dls.train.get_idxs = lambda: order
     enc = nn.Sequential(nn.Conv2d(3,6,3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     m   = model(name, 3, enc=enc, **taken(methods[name].create_model, bn=False)).double()

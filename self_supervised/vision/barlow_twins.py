@@ -16,7 +16,7 @@ from fastai.layers import apply_init
 from ..augmentations import get_asymmetric_aug_pipelines
 from ..basics import loader_facts
 from ..core import SSLCallback
-from ..dist import all_gather, all_reduce, rank_sizes, world_size
+from ..dist import all_reduce, all_sum, rank_sizes, world_size
 from ..layers import create_mlp_module, encoder_dim
 from ..methods import register_method
 from ..pipelines import check_view_ids
@@ -51,14 +51,10 @@ def create_barlow_twins_model(
     return BarlowTwinsModel(encoder, projector)
 
 # %% ../../nbs/49_vision.barlow_twins.ipynb #d5328834
-def _sum(t):
-    "The sum over processes, with gradient"
-    return all_gather(t[None], [1]*world_size()).sum(0)
-
 def _standardised(z, n):
     "Mean 0 and variance 1 of each feature of each view, over the `n` images of all processes"
-    z   = z - (_sum(z.sum(1))/n)[:,None]
-    var = _sum(z.square().sum(1))/n
+    z   = z - (all_sum(z.sum(1))/n)[:,None]
+    var = all_sum(z.square().sum(1))/n
     return z*(var+1e-5).rsqrt()[:,None] # as a batch norm in training: variance with n below, and the same ε
 
 # %% ../../nbs/49_vision.barlow_twins.ipynb #2d9c09fe

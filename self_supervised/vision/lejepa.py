@@ -19,11 +19,11 @@ from fastai.layers import apply_init
 from ..augmentations import crop_kinds, get_batch_augs, get_multi_aug_pipelines
 from ..basics import block_rows, loader_facts
 from ..core import SSLCallback
-from ..dist import all_reduce, world_size
+from ..dist import all_reduce, all_sum, world_size
 from ..layers import create_mlp_module, encoder_dim
 from ..methods import register_method
-from ..multicrop import multicrop
 from ..pipelines import check_view_ids
+from .simclr import SimCLRModel
 
 # %% ../../nbs/49_vision.lejepa.ipynb #b3e44912
 @crop_kinds('num_crops', 'crop_sizes', 'min_scales', 'max_scales')
@@ -46,20 +46,8 @@ def get_lejepa_aug_pipelines(
     return [o for nc,sz,lo,hi in zip(num_crops, crop_sizes, min_scales, max_scales) for o in get_multi_aug_pipelines(nc, sz, resize_scale=(lo,hi), **kwargs)]
 
 # %% ../../nbs/49_vision.lejepa.ipynb #9152b1db
-class LeJEPAModel(nn.Module):
-    "Encoder and projector"
-    def __init__(self,
-        encoder:nn.Module, # images (B,C,H,W) → features (B,F)
-        projector:nn.Module, # features → projections (B,D)
-    ):
-        super().__init__()
-        self.encoder,self.projector = encoder,projector
-
-    def forward(self,
-        x:Tensor|list, # views [(B,C,h,w),…], of any sizes, or images (B,C,H,W)
-    ) -> Tensor: # projections (V·B,D), view by view; (B,D) of images
-        "Projections of a list of views, or of one batch of images"
-        return self.projector(multicrop(self.encoder, x if isinstance(x, (list,tuple)) else [x]))
+class LeJEPAModel(SimCLRModel):
+    "Encoder and projector, for `LeJEPA`"
 
 def create_lejepa_model(
     encoder:nn.Module, # any module that gives (B,F) features; `create_encoder` makes one
@@ -140,12 +128,6 @@ def sigreg(
         return _SIGReg.apply(z if z.ndim==3 else z[None], directions.detach().to(z), knots)
 
 # %% ../../nbs/49_vision.lejepa.ipynb #52b7fbfe
-def _all_sum(t):
-    "Sum over processes, whose gradient is right after DDP's average"
-    if world_size()==1: return t
-    mine = t*world_size()
-    return mine + (all_reduce(t)-mine).detach()
-
 def lejepa_loss(
     z:Tensor, # (V,B,D) projections of all views
     lamb:float=0.05, # λ, weight of SIGReg (paper); 0.02 in the minimal example's run
@@ -165,11 +147,11 @@ def lejepa_loss(
     with torch.autocast(z.device.type, enabled=False):
         z    = z.to(torch.promote_types(z.dtype, torch.float32))
         n    = all_reduce(z.new_full((), z.shape[1]))
-        inv  = _all_sum((z-z[ids].mean(0)).square().sum(1))/n # (V,D)
+        inv  = all_sum((z-z[ids].mean(0)).square().sum(1))/n # (V,D)
         loss = (1-lamb)*inv.mean() + lamb*sigreg(z, directions, knots)
         if not scale: return loss
         mean = all_reduce(z.detach().sum(1, keepdim=True))/n # no gradient goes this way: distances from a mean sum up to 0
-        std  = (_all_sum((z-mean).square().sum(1))/n).clamp_min(1e-12).sqrt() # what is less is rounding
+        std  = (all_sum((z-mean).square().sum(1))/n).clamp_min(1e-12).sqrt() # what is less is rounding
         return loss + scale*(1-std).square().mean()
 
 # %% ../../nbs/49_vision.lejepa.ipynb #3c53a664

@@ -20,7 +20,7 @@ from ..core import SSLCallback
 from ..dist import all_gather, all_reduce, rank, rank_sizes, world_size
 from ..layers import create_mlp_module, encoder_dim
 from ..methods import register_method
-from ..multicrop import multicrop
+from .simclr import SimCLRModel
 
 # %% ../../nbs/49_vision.supcon.ipynb #66532b19
 @delegates(get_batch_augs, but=['size', 'resize_scale'])
@@ -33,20 +33,8 @@ def get_supcon_aug_pipelines(
     return get_multi_aug_pipelines(2, size, resize_scale=resize_scale, **kwargs)
 
 # %% ../../nbs/49_vision.supcon.ipynb #c4b68d43
-class SupConModel(nn.Module):
-    "Encoder and projector"
-    def __init__(self,
-        encoder:nn.Module, # images (B,C,H,W) → features (B,F)
-        projector:nn.Module, # features → projections (B,D)
-    ):
-        super().__init__()
-        self.encoder,self.projector = encoder,projector
-
-    def forward(self,
-        x:Tensor|list, # views [(B,C,h,w),…], of any sizes, or images (B,C,H,W)
-    ) -> Tensor: # projections (V·B,D), view by view, of any length; (B,D) of images
-        "Projections of a list of views, or of one batch of images"
-        return self.projector(multicrop(self.encoder, x if isinstance(x, (list,tuple)) else [x]))
+class SupConModel(SimCLRModel):
+    "Encoder and projector, for `SupCon`"
 
 class _UnitLength(nn.Module):
     "Rows to unit length"

@@ -18,7 +18,7 @@ from fastai.layers import apply_init
 from ..augmentations import get_asymmetric_aug_pipelines
 from ..basics import loader_facts
 from ..core import SSLCallback
-from ..dist import all_gather, all_reduce, rank_sizes, world_size
+from ..dist import all_reduce, all_sum, rank_sizes, world_size
 from ..layers import create_mlp_module, encoder_dim
 from ..methods import register_method
 from ..pipelines import check_view_ids
@@ -53,10 +53,6 @@ def create_vicreg_model(
     return VICRegModel(encoder, projector)
 
 # %% ../../nbs/49_vision.vicreg.ipynb #9d9b0561
-def _sum(t):
-    "The sum over processes, with gradient"
-    return all_gather(t[None], [1]*world_size()).sum(0)
-
 class _Covariance(torch.autograd.Function):
     "Mean over views of Σ_{i≠j} C_ij²/D, and its gradient in the same pass"
     # Every process has the whole loss but its own images only, and the gradients of processes are averaged afterwards:
@@ -91,10 +87,10 @@ def vicreg_loss(
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         n = sum(rank_sizes(z[0], equal_sizes))
         apart = sum(count*F.mse_loss(z[a], z[v], reduction='sum') for (a,v),count in pairs.items())/pairs.total()
-        z     = z - (_sum(z.sum(1))/n)[:,None]
+        z     = z - (all_sum(z.sum(1))/n)[:,None]
         below = max(n-1, 1) # a single image has no variance
-        sigma = (_sum(z.square().sum(1))/below+1e-4).sqrt()
-        return sim*_sum(apart)/(n*z.shape[2]) + std*F.relu(1-sigma).mean() + 2*cov*_Covariance.apply(z, below)
+        sigma = (all_sum(z.square().sum(1))/below+1e-4).sqrt()
+        return sim*all_sum(apart)/(n*z.shape[2]) + std*F.relu(1-sigma).mean() + 2*cov*_Covariance.apply(z, below)
 
 # %% ../../nbs/49_vision.vicreg.ipynb #c64f1d08
 class VICReg(SSLCallback):
