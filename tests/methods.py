@@ -69,6 +69,16 @@ def learner(name, dls=None, m=None, cb=None, cbs=(), **kwargs):
 def quiet(learn, *args, **kwargs):
     with learn.no_bar(), learn.no_logging(): return learn.fit(*args, **kwargs)
 
+def worst_difference(many, one):
+    "Of pairs of {name: tensor}, the largest difference, relative to the largest number of each tensor; what is less than a millionth of the largest of all is rounding"
+    worst = 0.
+    for a,b in zip(many, one, strict=True):
+        assert {k:v.shape for k,v in a.items()}=={k:v.shape for k,v in b.items()}
+        tops  = {k:v.abs().max() for k,v in b.items() if v.numel()}
+        least = 1e-6*max(tops.values())
+        worst = max(worst, *(((a[k]-b[k]).abs().max()/max(top, least)).item() for k,top in tops.items()))
+    return worst
+
 def small_encoder(bn=True):
     "1 channel → 24 features, without a ReLU, at whose corner a gradient has two values"
     return nn.Sequential(nn.Conv2d(1,6,3), *([nn.BatchNorm2d(6)] if bn else []), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten())

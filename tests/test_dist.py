@@ -19,7 +19,7 @@ from self_supervised.sinkhorn import sinkhorn_knopp
 from self_supervised.vision.simclr import DistributedSimCLR, SimCLR, nt_xent_loss
 from self_supervised.vision.swav import SWAV, create_swav_model, get_swav_aug_pipelines
 
-from methods import callback, corners, loaders, methods, model, taken
+from methods import callback, corners, loaders, methods, model, taken, worst_difference
 from processes import on_ranks
 
 pytestmark = pytest.mark.slow
@@ -138,14 +138,7 @@ def joined(n):
 
 def assert_same_steps(many, one):
     "Every loss, gradient and final weight, to 1e-5 relative to the largest number of each"
-    (steps,state),(steps1,state1) = many,one
-    worst = 0.
-    assert len(steps)==len(steps1)
-    for a,b in [*zip(steps, steps1), (state,state1)]:
-        assert a.keys()==b.keys()
-        for k in a:
-            assert a[k].shape==b[k].shape, k
-            if a[k].numel(): worst = max(worst, ((a[k]-b[k]).abs().max()/b[k].abs().max()).item())
+    worst = worst_difference(*([*steps, state] for steps,state in (many,one)))
     assert worst < 1e-5
     return worst
 
