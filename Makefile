@@ -51,9 +51,9 @@ test-kill: $(STAMP) ## kill training processes at 40 random moments and let them
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_checkpoint.py -m kill
 
 # The libraries of comparison are an extra. The parts are the files of benchmarks/ but measure.py.
-BENCH := views step methods monitor loader loss clusters checkpointing quality whole_images recipes
+BENCH := views step methods monitor loader loss clusters checkpointing quality labels robust whole_images recipes
 
-bench: $(BENCH:%=bench-%) ## measure everything against peers and limits, on an idle machine: about two hours; one part alone: make bench-views
+bench: $(BENCH:%=bench-%) ## measure everything against peers and limits, on an idle machine: about seven hours; one part alone: make bench-views
 
 bench-%: $(STAMP) # writes benchmarks/results/*.md and *.json
 	@$(PY) -c 'import lightly' 2>/dev/null || $(PY) -m pip install -e '.[bench]' -c constraints.txt

@@ -31,7 +31,9 @@ def new_learner(name, steps):
     own = {} if name!='distill' else dict(teacher='resnet18', teacher_weights=False, projection_size=None)
     ks  = Recipe('', name, epochs=2, warmup_epochs=0.).names
     r   = Recipe('', name, epochs=2, warmup_epochs=0., arch='resnet18', bs=bs, **({k:v for k,v in settings.items() if k in ks} | own))
-    return Learner(tensor_dls(pictures(bs*steps, px), bs=bs), r.create_model(r.create_encoder()), loss_func=no_loss, cbs=r.create_callback(),
+    x   = pictures(bs*steps, px)
+    if ssl_methods()[name].callback.needs_labels: x = x,torch.arange(len(x))%10
+    return Learner(tensor_dls(x, bs=bs), r.create_model(r.create_encoder()), loss_func=no_loss, cbs=r.create_callback(),
                    opt_func=lambda ps,**kw: OptimWrapper(ps, torch.optim.AdamW, **kw))
 
 def ours(name, steps):

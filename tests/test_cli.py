@@ -1,5 +1,6 @@
 "The commands alone, with torchrun and under Slurm; what they refuse; and what is left when a process dies"
 import csv, json, math, os, re, shlex, signal, socket, subprocess, sys, time, uuid
+from collections import Counter
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from self_supervised.cli_command import ask_package, flags_file, parse as parse_
 from self_supervised.cli_judge import cut_sizes, labelled_dls, open_encoder
 from self_supervised.pretrained import create_official_model
 from self_supervised.recipes import get_recipe, recipes, setting_info
+from self_supervised.vision.supcon import SupCon
 
 n_images = 2048
 n_few,steps_per_epoch = 256,4 # in the runs that are cut short, with 64 images a step
@@ -412,6 +414,21 @@ def few(folder, n=24, seed=0, size=30):
 def quick(source, out, **kwargs):
     "A run in this process, of three steps an epoch"
     return cli.ssl_pretrain(source, out=out, **{**dict(recipe='swav_small', n_in=1, arch='test_mambaout', low_resolution=False, hidden_size=16, bs=8, warmup_epochs=0., n_protos=5, workers=0, epochs=1), **kwargs})
+
+def test_classes_are_folders(tmp_path, monkeypatch):
+    "for a recipe that learns from labels; others do not look at folders, and one folder is no class"
+    for i,nm in enumerate(('cat','ant','bee')): few(tmp_path/'photos'/nm, n=8, seed=i)
+    seen,ks = [],dict(n_in=1, arch='test_mambaout', low_resolution=False, hidden_size=16, bs=8, warmup_epochs=0., workers=0, epochs=1)
+    def lf(self, pred):
+        seen.extend(self.y.tolist())
+        return pred.mean()
+    monkeypatch.setattr(SupCon, 'lf', lf)
+    cli.ssl_pretrain(tmp_path/'photos', 'supcon_small', out=tmp_path/'run', **ks)
+    assert Counter(seen)=={0:8, 1:8, 2:8}
+    assert json.loads((tmp_path/'run/settings.json').read_text())['data']['classes']==['ant','bee','cat']
+    with pytest.raises(ValueError, match='supcon_small learns from labels, and all images lie in one folder, ant'): cli.ssl_pretrain(tmp_path/'photos/ant', 'supcon_small', out=tmp_path/'other', **ks)
+    quick(tmp_path/'photos', tmp_path/'third')
+    assert 'classes' not in json.loads((tmp_path/'third/settings.json').read_text())['data']
 
 def held(folder):
     "What is in the files; the header of an encoder has no order"
