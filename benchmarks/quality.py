@@ -13,6 +13,7 @@ unless its name says otherwise, with fastai's Adam and `fit_one_cycle`; then the
   directions. MoCo v2 with 1,024 keys, a teacher of momentum 0.99, temperature 0.2; v3 with 0.98 to 1, BYOL with 0.95 to 1. DINO: SwAV's views, a head of
   2 layers with batch norm, 100 classes, momentum 0.98 to 1, centre. Distillation: one large view, cosines; its teacher is an encoder of twice the width,
   trained before with SimCLR for 10 epochs, which does not count in its seconds.
+- Barlow Twins and VICReg: SimCLR's views, three layers of 256; LeJEPA: SwAV's views, 64 projections, λ = 0.05, 256 directions.
 - ViT: the same with a vision transformer in place of the convolutions, for the methods made for it: patches of 7 pixels, width 64, 3 blocks of
   4 heads, its class token as features; a learning rate of 2e-3. (Without batch norm in its head DINO learned nothing in so short a run.)
 - torchvision views: the same steps image by image and one after the other, where ours are fused and clamp at the end only.
@@ -93,6 +94,15 @@ def dino(x, encoder):
     model = create_dino_model(encoder, hidden, dim, protos, bn=True, nlayers=2)
     return Learner(tensor_dls(x, bs=128), model, cbs=DINO(augs((2,4)), tmom_start=.98, freeze_last_layer=.5))
 
+def barlow_twins(x, encoder):
+    return Learner(tensor_dls(x, bs=128), create_barlow_twins_model(encoder, hidden, hidden), cbs=BarlowTwins(augs((2,))))
+
+def vicreg(x, encoder):
+    return Learner(tensor_dls(x, bs=128), create_vicreg_model(encoder, hidden, hidden), cbs=VICReg(augs((2,))))
+
+def lejepa(x, encoder):
+    return Learner(tensor_dls(x, bs=128), create_lejepa_model(encoder, hidden, 64), cbs=LeJEPA(augs((2,4))))
+
 def distill(x, encoder, epochs=10):
     teacher = new_encoder(64)
     fit(simclr(x, teacher), epochs, lr)
@@ -149,7 +159,7 @@ forms = {'random encoder':          None,
          'SimCLR':                  simclr,
          'SimCLR, lightly':         lightly_simclr}
 methods = {'random encoder': None, 'SwAV': swav, 'SimCLR': simclr, 'DeepCluster-v2': deepcluster, 'SeLa-v2': sela, 'MoCo v2': moco, 'MoCo v3': moco_v3, 'BYOL': byol,
-           'SimSiam': simsiam, 'DINO': dino, 'Distillation': distill}
+           'SimSiam': simsiam, 'DINO': dino, 'Distillation': distill, 'Barlow Twins': barlow_twins, 'VICReg': vicreg, 'LeJEPA': lejepa}
 vits    = 'random encoder','MoCo v3','DINO' # made for them
 as_long = {'SwAV, lightly': 'SwAV', 'SwAV, two crops': 'SwAV', 'SimCLR, lightly': 'SimCLR'}
 questions = [('SwAV','SwAV, torchvision views'), ('SwAV','SwAV, lightly'), ('SwAV','SwAV, lightly, as long'), ('SimCLR','SimCLR, lightly'),
