@@ -1,5 +1,5 @@
 """What labels give while an encoder is pretrained, if it is fine-tuned with the same labels afterwards: SupCon against SwAV and SimCLR, which do not look at
-them, with 1 %, 10 % and 100 % of the labels of the Fashion-MNIST sample. About an hour and a half on two cores.
+them, with 1 %, 10 % and 100 % of the labels of the Fashion-MNIST sample. About half an hour.
 
 Every form trains the encoder of the benchmark of quality (three convolutions with batch norm, 128 features) on all 5,000 images, batch 128, with fastai's Adam and
 `fit_one_cycle`, for equal epochs; views, projectors and temperatures are those there: SwAV sees 2 large and 4 small views, the others two large ones.
@@ -72,7 +72,7 @@ def differences(a, b):
 @call_parse
 def main(
     seeds:int=3, # runs of each form
-    epochs:int=20, # of pretraining
+    epochs:int=10, # of pretraining
     tune_epochs:int=None, # of fine-tuning; default: 20, or more until there were 200 steps
     only:str='', # forms with this regular expression in their name
     dry:bool=False, # print the tables and do not save them

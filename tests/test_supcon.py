@@ -205,6 +205,10 @@ def test_labels_that_are_none(y):
     dl = [(images(16)[i:i+4], y[i:i+4]) for i in range(0, 16, 4)]
     with pytest.raises(ValueError, match=r'(?s)labels have shape \(4.*one whole number an image'): fit(DataLoaders(tensor_dls((images(16),y), bs=4).train if y.ndim==1 else torch.utils.data.DataLoader(dl, batch_size=None), []))
 
+def test_data_without_labels():
+    learn = Learner(tensor_dls(images(), bs=8), model('supcon'), cbs=SupCon(augs('supcon')))
+    with pytest.raises(ValueError, match='learns from labels and this data has none: .*label_func'): quiet(learn, 1)
+
 def test_a_batch_of_one():
     with pytest.raises(ValueError, match='bs=1: the other images.*use 32 or more'): fit(tensor_dls((images(4),torch.zeros(4, dtype=torch.long)), bs=1), enc=nn.Sequential(nn.Conv2d(1,8,3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
 
