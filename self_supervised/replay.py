@@ -53,10 +53,12 @@ def batches_after(
     n:int, # batches that are done
     begin:dict, # `rng_states` just before the epoch began
     now:dict, # `rng_states` after batch n-1
+    placed:bool=False, # `dl` has a state of its own, and it is that after batch n-1 already
 ): # yields batches
     "The rest of an epoch, from batch `n` on"
-    set_rng_states(dls, begin)
-    if can_skip(dl): yield from _skipping(dl, dls, n, now)
+    if placed: n = 0
+    else: set_rng_states(dls, begin)
+    if not placed and can_skip(dl): yield from _skipping(dl, dls, n, now)
     else:
         it = iter(dl)
         for _ in range(n): next(it)
