@@ -313,7 +313,7 @@ def image_size(
 ) -> tuple: # height and width in pixels
     "The size of a picture as it is in the file, from the header where that says it"
     try:
-        with open(fn, 'rb') as f: im = _read(f, n_in)
+        with nullcontext(fn) if hasattr(fn, 'read') else open(fn, 'rb') as f: im = _read(f, n_in)
     except ImportError: raise
     except Exception as e: raise _refusal(fn, e) from e
     return im.size[::-1] if isinstance(im, Image.Image) else im[0].shape[:2]
