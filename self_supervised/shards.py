@@ -36,12 +36,14 @@ class TarShard:
         "Members of the archive that belong together"
         with tarfile.open(fileobj=f) as tar:
             def files():
-                while (m := tar.next()) is not None:
-                    tar.members = [] # else it keeps all that it has seen
-                    if m.isfile() and not m.name.rpartition('/')[2].startswith('.'): yield m
-                at = tar.offset
-                f.seek(at)
-                if any(f.read(tarfile.BLOCKSIZE)): warnings.warn(f'{self.name} is damaged at byte {at:,}, and what is behind it cannot be read: make it anew')
+                try:
+                    while (m := tar.next()) is not None:
+                        tar.members = [] # else it keeps all that it has seen
+                        if m.isfile() and not m.name.rpartition('/')[2].startswith('.'): yield m
+                    f.seek(at := tar.offset)
+                    if not any(f.read(tarfile.BLOCKSIZE)): return
+                except tarfile.ReadError: at = tar.offset # cut off
+                warnings.warn(f'{self.name} is damaged or cut off at byte {at:,}, and what is behind it cannot be read: make it anew')
             def key(m):
                 top,_,base = m.name.rpartition('/')
                 return f'{top}/{base.partition(".")[0]}'.lstrip('/')
@@ -127,13 +129,13 @@ class FileShard:
 class DatasetShard:
     "One shard of a data set of Hugging Face"
     def __init__(self, dataset, i, n, column): self.dataset,self.i,self.n,self.column,self.name = dataset,i,n,column,f'shard {i} of the data set'
-    def _rows(self, start=0): return (o := self.dataset.shard(self.n, self.i)).skip(start) if start else o
+    def _rows(self): return self.dataset.shard(self.n, self.i)
     def count(self):
         "It has to be read for that"
         return sum(1 for _ in self._rows())
     def samples(self, start=0):
         "From the row numbered `start` on"
-        for i,row in enumerate(self._rows(start), start): yield _of_row(row, self.column, f'row {i} of {self.name}')
+        for i,row in enumerate(self._rows().skip(start) if start else self._rows(), start): yield _of_row(row, self.column, f'row {i} of {self.name}')
 
 def _of_dataset(ds):
     "The shards of a data set"

@@ -33,9 +33,11 @@ class StreamOrder:
     def _part(self, turn, lo, hi):
         "Images lo to hi of pass `turn`, as they are read"
         ids  = np.random.default_rng([self.seed, turn]).permutation(len(self.sizes)) if self.shuffle else np.arange(len(self.sizes))
-        ends = np.cumsum(self.sizes[ids])
-        used = np.flatnonzero((ends>lo)&(ends-self.sizes[ids]<hi))
-        segs = [self.starts[ids[i]]+np.arange(max(lo-ends[i]+self.sizes[ids[i]], 0), min(hi-ends[i], 0)+self.sizes[ids[i]]) for i in used]
+        ids  = ids[self.sizes[ids]>0]
+        size = self.sizes[ids]
+        ends = np.cumsum(size)
+        used = np.flatnonzero((ends>lo)&(ends-size<hi))
+        segs = [self.starts[ids[i]]+np.arange(max(lo-ends[i]+size[i], 0), min(hi-ends[i], 0)+size[i]) for i in used]
         n,read = self.together if self.shuffle else 1,[]
         for group in (segs[i:i+n] for i in range(0, len(segs), n)):
             share = np.concatenate([(np.arange(len(o))+.5)/len(o) for o in group])
