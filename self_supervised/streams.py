@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import blake2b
 from itertools import count
+from numbers import Number
 from random import Random
 from tarfile import TarError
 
@@ -36,15 +37,19 @@ class _Reader:
     "Samples of shards by their places"
     _wrong = ValueError,TypeError,KeyError,ImportError,TarError,UnicodeError # what asking again does not mend
     def __init__(self, shards, retries, pause):
-        self.shards,self.retries,self.pause,self.open = shards,retries,pause,{}
+        self.shards,self.retries,self.pause,self.open = shards,retries,pause,{} # shard → place of its next sample, iterator, hash of the last one
 
     def _next(self, s, i):
-        "The sample at place `i` of shard `s`"
-        at,it = self.open.pop(s, (None,None))
+        "The sample at place `i` of shard `s`; None if it is the same as the one before"
+        at,it,last = self.open.pop(s, (0,None,None))
         for t in count():
             try:
-                if at is None or at>i: at,it = i,self.shards[s].samples(i)
-                for at in range(at, i+1): o = next(it, None)
+                if it is None or at>i: at,last = max(i-1, 0),None # with the one before, to compare
+                if last is None: it = self.shards[s].samples(at)
+                while at<=i:
+                    if (o := next(it, None)) is None: raise ValueError(
+                        f'{self.shards[s].name} has no image {i}, and fewer than it had when they were counted: if there is a sizes.json beside it, delete that')
+                    before,last,at = last,blake2b(o.image or b'', digest_size=16).digest(),at+1
                 break
             except self._wrong: raise
             except Exception as e:
@@ -52,19 +57,14 @@ class _Reader:
                                                   'see to the source, and go on from the last checkpoint') from e
                 warnings.warn(f'{self.shards[s].name} could not be read ({type(e).__name__}: {e}): trying again in {self.pause*2**t:g} s')
                 time.sleep(self.pause*2**t)
-                at = None
-        if o is None: raise ValueError(f'{self.shards[s].name} has no image {i}, and fewer than it had when they were counted: if there is a sizes.json beside it, delete that')
-        self.open[s] = i+1,it
-        return o
+                it = None
+        self.open[s] = at,it,last
+        return None if o.image and before==last else o
 
     def block(self, shard, place):
-        "Samples, in the order asked for; the second of two with the same bytes is None"
-        res,last = [None]*len(shard),{}
-        for k in sorted(range(len(shard)), key=lambda k: (shard[k],place[k])):
-            s,o = shard[k],self._next(shard[k], place[k])
-            seen = blake2b(o.image, digest_size=16).digest() if o.image else None
-            if not seen or last.get(s)!=(place[k]-1, seen): res[k] = o
-            last[s] = place[k],seen
+        "Samples, in the order asked for"
+        res = [None]*len(shard)
+        for k in sorted(range(len(shard)), key=lambda k: (shard[k],place[k])): res[k] = self._next(shard[k], place[k])
         for s in self.open.keys()-set(shard): self.open.pop(s)[1].close()
         return res
 
@@ -145,7 +145,10 @@ class ImageStream:
             if not self.skip_bad: raise
             return str(e)
         x = window(x, self.max_aspect, Random(f'{self.order.seed} {turn} {i}').random())
-        return (x,) if self.label_func is None else (x, self.label_func(sample))
+        if self.label_func is None: return (x,)
+        if not isinstance(y := self.label_func(sample), Number): raise TypeError(
+            f'label_func gives {y!r} for {sample.name}: it must be a number, such as int(sample.fields["cls"]), or vocab.index(name) of a list of all names')
+        return x,y
 
     def _collate(self, samples):
         "Images that may be of any size packed, others as a tensor"
