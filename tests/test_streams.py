@@ -31,6 +31,14 @@ from test_checkpoint import Die, outcome, same
 
 x,y = images(40),torch.arange(40)%4 # five batches of 8
 
+@pytest.fixture(autouse=True)
+def workers_go_home(monkeypatch):
+    "What is left to Python's collector of cycles lets its workers wait for ten seconds"
+    made,init = [],StreamDL.__init__
+    monkeypatch.setattr(StreamDL, '__init__', lambda self, *args, **kwargs: (made.append(self), init(self, *args, **kwargs))[1])
+    yield
+    for o in made: vars(o).pop('_it', None)
+
 # ---- loaders of every kind; `n` images in order, without end if `n` is None
 
 class Stream(td.IterableDataset):
