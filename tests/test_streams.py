@@ -14,7 +14,7 @@ from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from torch import nn
 
-from self_supervised.basics import loader_facts, warn_once
+from self_supervised.basics import loader_facts
 from self_supervised.data import tensor_dls
 from self_supervised.diagnostics import CollapseMonitor
 from self_supervised.dist import rank
@@ -24,7 +24,7 @@ from self_supervised.run_settings import run_settings
 from self_supervised.streams import StreamDL, loader_dls
 
 import methods, test_checkpoint
-from methods import learner, quiet
+from methods import images, learner, quiet
 from processes import on_ranks
 from test_batches import Brightness, Mean, toy
 from test_checkpoint import Die, outcome, same
@@ -211,7 +211,7 @@ def test_recipe():
 
 def test_a_look_costs_nothing():
     dls = loader_dls(function(80)(), steps=5, device='cpu')
-    learn = get_recipe('simclr_small', size=12).learner(dls) # looks at the channels
+    get_recipe('simclr_small', size=12).learner(dls) # looks at the channels
     assert dls.train.taken==1 and loader_facts(dls.train).bs==8
     assert torch.equal(torch.cat([b[1] for b in dls.train]), y)
 
