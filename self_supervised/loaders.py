@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['StreamDL', 'continued', 'loader_dls']
 
-# %% ../nbs/16_loaders.ipynb #c84aff69
+# %% ../nbs/16_loaders.ipynb #f313e055
 from collections.abc import Iterator
 from functools import partial
 from inspect import isgenerator
@@ -23,7 +23,7 @@ from .batches import batch_parts
 from .data import no_loss
 from .dist import world_size
 
-# %% ../nbs/16_loaders.ipynb #837b8344
+# %% ../nbs/16_loaders.ipynb #6bae2ca3
 class StreamDL(GetAttr):
     "An epoch is `steps` batches of `dl`, and goes on where the last one stopped"
     _default,is_share = 'dl',True # of several processes each has its own: these batches are not dealt out again
@@ -94,7 +94,7 @@ class StreamDL(GetAttr):
         self.device = device
         return self
 
-# %% ../nbs/16_loaders.ipynb #a1af0b73
+# %% ../nbs/16_loaders.ipynb #e79fa4c6
 @patch(as_prop=True)
 def bs(self:StreamDL) -> int: # None if there is no batch
     "Images of a batch; if the loader does not say it, those of the first one"
@@ -113,7 +113,7 @@ def loss_func(self:StreamDL): # what fastai takes for a Learner that is given no
     "That of the dataset, if it has one"
     return getattr(getattr(self.dl, 'dataset', None), 'loss_func', no_loss)
 
-# %% ../nbs/16_loaders.ipynb #aa0fa2ca
+# %% ../nbs/16_loaders.ipynb #8378fc2b
 def _apart(dl, it, begin):
     old,dl.generator = dl.generator,torch.Generator().set_state(begin['torch_state'])
     try: b = next(it, None)
@@ -130,7 +130,7 @@ def continued(
     it = iter(dl)
     return _apart(dl, it, begin) if isgenerator(it) and isinstance(dl, torch_data.DataLoader) else it
 
-# %% ../nbs/16_loaders.ipynb #3bacb53f
+# %% ../nbs/16_loaders.ipynb #b567f311
 @patch
 def state_dict(self:StreamDL) -> dict: # plain, as far as the loader's own state is
     "Where the loader is"
@@ -144,7 +144,7 @@ def load_state_dict(self:StreamDL,
     "Go to where a loader of the same batches was; the next epoch gives the rest of that one"
     own,once = state['dl'] is not None,isinstance(self.dl, Iterator)
     if own: self.dl.load_state_dict(state['dl'])
-    if state['rng']: set_rng_states([self.dl], state['rng'])
+    elif state['rng']: set_rng_states([self.dl], state['rng'])
     if not once:
         self._it,self._kept,self.passes,self.taken = None,[],max(state['passes']-1, 0),0
         if state['passes']: self._begin(partial(continued, begin=state['rng']) if own else iter)
@@ -158,7 +158,7 @@ def load_state_dict(self:StreamDL,
         f'the training loader has fewer batches than in the run, which had used {state["taken"]} of them: give it the same data')
     self.at,self.taken,self._rng,self._turn = state['at'],state['taken'],state['rng'],None
 
-# %% ../nbs/16_loaders.ipynb #52eb74c0
+# %% ../nbs/16_loaders.ipynb #45ff3cb1
 class _StreamDLs(DataLoaders):
     train_ds = property(lambda self: self.train) # whom fastai asks for a loss function
 

@@ -8,28 +8,36 @@ from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import LRFinder # noqa: F401 (patches lr_find and fit_one_cycle into Learner)
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
+from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from torch import nn
 
-from self_supervised.basics import loader_facts, warn_once
-from self_supervised.checkpoint import Checkpoint
+from self_supervised.basics import loader_facts
 from self_supervised.data import tensor_dls
 from self_supervised.diagnostics import CollapseMonitor
-from self_supervised.dist import rank, world_size
+from self_supervised.dist import rank
 from self_supervised.features import extract_features
 from self_supervised.recipes import get_recipe
 from self_supervised.run_settings import run_settings
 from self_supervised.loaders import StreamDL, loader_dls
 
 import methods, test_checkpoint
-from methods import callback, images, learner, model, quiet
+from methods import images, learner, quiet
 from processes import on_ranks
 from test_batches import Brightness, Mean, toy
 from test_checkpoint import Die, outcome, same
 
 x,y = images(40),torch.arange(40)%4 # five batches of 8
+
+@pytest.fixture(autouse=True)
+def workers_go_home(monkeypatch):
+    "What is left to Python's collector of cycles lets its workers wait for ten seconds"
+    made,init = [],StreamDL.__init__
+    monkeypatch.setattr(StreamDL, '__init__', lambda self, *args, **kwargs: (made.append(self), init(self, *args, **kwargs))[1])
+    yield
+    for o in made: vars(o).pop('_it', None)
 
 # ---- loaders of every kind; `n` images in order, without end if `n` is None
 
@@ -50,6 +58,26 @@ class Stateful:
         while self.i<len(self):
             o,self.i,self.read = order[self.i*self.batch_size:(self.i+1)*self.batch_size],self.i+1,self.read+1
             yield x[o%40],y[o%40]
+        self.i = 0
+
+class Draws(Stateful):
+    "One that draws its order from the random numbers of the process, when it starts"
+    def state_dict(self): return dict(i=self.i)
+    def load_state_dict(self, s): self.i = s['i']
+    def __iter__(self): return self.rest(torch.randperm(self.n))
+    def rest(self, order):
+        for self.i in range(self.i+1, len(self)+1): o = order[(self.i-1)*8:self.i*8]; yield x[o%40],y[o%40]
+        self.i = 0
+
+class Late(td.DataLoader):
+    "One of PyTorch that starts, and draws the seed of its workers, with its first batch, as that of litdata"
+    i = 0
+    def state_dict(self): return dict(i=self.i)
+    def load_state_dict(self, s): self.i = s['i']
+    def __iter__(self):
+        done = self.i
+        for j,b in enumerate(super().__iter__(), 1):
+            if j>done: self.i = j; yield b
         self.i = 0
 
 def function(n=40, bs=8, shuffle=False):
@@ -96,10 +124,16 @@ def test_batches_come_in_their_order(kind, tmp_path):
     "Two epochs of seven steps, of a loader of five batches: 5+2, then 3+4"
     dls = loader_dls(kinds[kind](tmp_path), steps=7, device='cpu')
     quiet(learner('simclr', dls, cbs=(seen:=Seen())), 2)
-    assert torch.equal(torch.cat(seen.y), y.repeat(3)[:14*8]) and len(dls.train)==7 and dls.train.bs==8 and dls.train.n==56
+    assert torch.equal(torch.cat(seen.y), y.repeat(3)[:14*8]) and len(dls.train)==7 and loader_facts(dls.train)=={**loader_facts(dls.train), 'n':56, 'bs':8}
     quiet(toy(dls := loader_dls(kinds[kind](tmp_path), steps=7, device='cpu'), [seen]), 2)
     want = x.repeat(3,1,1,1)[:14*8]
     assert torch.equal(torch.cat([(o*255).round().to(torch.uint8) if o.is_floating_point() else o for o in seen.x]), want) # fastai's loader gives bytes or floats
+
+def test_normalised_images_of_a_fastai_loader():
+    "They are undone, in the middle of a pass too"
+    dl = tensor_dls((x,y), bs=8, shuffle=False, batch_tfms=Normalize.from_stats([.5], [.2], cuda=False), device='cpu').train
+    quiet(toy(loader_dls(dl, steps=7, device='cpu'), [seen:=Seen()]), 2)
+    assert torch.allclose(torch.cat(seen.x), x.repeat(3,1,1,1)[:14*8]/255, atol=1e-5)
 
 def test_without_a_length():
     for dl in (function(), function()(), td.DataLoader(Stream(), 8)):
@@ -177,7 +211,7 @@ def test_recipe():
 
 def test_a_look_costs_nothing():
     dls = loader_dls(function(80)(), steps=5, device='cpu')
-    learn = get_recipe('simclr_small', size=12).learner(dls) # looks at the channels
+    get_recipe('simclr_small', size=12).learner(dls) # looks at the channels
     assert dls.train.taken==1 and loader_facts(dls.train).bs==8
     assert torch.equal(torch.cat([b[1] for b in dls.train]), y)
 
@@ -187,7 +221,7 @@ def test_an_epoch_that_is_held_on_to():
     old = iter(dl); next(old)
     rest = iter(dl); next(rest)
     old.close()
-    assert torch.equal(next(rest)[1], y[16:24])
+    assert torch.equal(next(rest)[0], x[16:24])
 
 @pytest.mark.parametrize('valid,steps', [(list(function(20)()), None), (function(20), 9), (function(), 2), (td.DataLoader(Stream(20), 8), 9), (tensor_dls((x[:20],y[:20]), bs=8, drop_last=False, shuffle=False).train, None)],
                          ids='list function longer stream fastai'.split())
@@ -231,7 +265,7 @@ def test_device():
 def shuffled(): return function(48, shuffle=True) # six batches
 
 stateful = { # name → loader with a state, of six batches or five
-    'imitation': lambda p: Stateful(48), 'torchdata': lambda p: torchdata_dl(list(zip(x,y)), shuffle=True), 'torchdata workers': lambda p: torchdata_dl(list(zip(x,y)), shuffle=True, num_workers=2),
+    'imitation': lambda p: Stateful(48), 'draws': lambda p: Draws(56), 'late': lambda p: Late(list(zip(x,y)), 8), 'torchdata': lambda p: torchdata_dl(list(zip(x,y)), shuffle=True), 'torchdata workers': lambda p: torchdata_dl(list(zip(x,y)), shuffle=True, num_workers=2),
     'torchdata stream': lambda p: torchdata_dl(Stream()), 'torchdata hf': lambda p: torchdata_dl(hf(), collate_fn=hf_bytes), 'litdata': lambda p: litdata_dl(p, shuffle=True, seed=3)}
 counted = { # name → loader without
     'function': lambda p: shuffled(), 'DataLoader': lambda p: td.DataLoader(list(zip(x,y)), 8, shuffle=True), 'workers': lambda p: td.DataLoader(list(zip(x,y)), 8, shuffle=True, num_workers=2),
@@ -283,11 +317,8 @@ def test_where_passes_and_epochs_meet(kill, name, steps, event, nth):
 def test_a_stateful_loader_as_it_is(event, nth, tmp_path):
     "Not wrapped, it is saved too: torchdata's protocol is that of all"
     class Loader(Stateful): dataset = None
-    make = Loader
-    for o in (make, lambda: torchdata_dl(list(zip(x,y)), shuffle=True)):
-        if o is not make and not pytest.importorskip('torchdata'): continue
-        folder = tmp_path/('a' if o is make else 'b')
-        test_checkpoint.check(folder, event, nth, dls=lambda: DataLoaders(o(), []), steps=1, loss_func=nn.Identity())
+    for i,o in enumerate((Loader, lambda: Late(list(zip(x,y)), 8), lambda: torchdata_dl(list(zip(x,y)), shuffle=True))):
+        test_checkpoint.check(tmp_path/f'{i}', event, nth, dls=lambda: DataLoaders(o(), []), steps=1, loss_func=nn.Identity())
 
 def test_two_kills(tmp_path):
     "In validation, and in the validation again"
