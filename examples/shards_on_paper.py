@@ -7,7 +7,7 @@ import numpy as np
 from fastcore.script import call_parse
 
 from self_supervised.stream_order import StreamOrder
-from self_supervised.streams import joined_state
+from self_supervised.streams import ImageStream
 
 @call_parse
 def main(
@@ -34,7 +34,7 @@ def main(
 
     steps = sizes[0]//bs//3 # a third of the pass; some processes are a batch ahead, and have skipped some images
     states = [dict(turn=0, at=(steps+r%2)*bs+r%5, done={}, bad={}, seen=0) for r in range(ranks)]
-    done   = joined_state(states)['done'][0]
+    done   = ImageStream([], order, bs, None).joined(states)['done'][0]
     taken  = [o[:s['at']] for o,s in zip(parts, states)]
     rest   = [order(0, r, later, done) for r in range(later)]
     sizes  = [len(o) for o in rest]

@@ -320,6 +320,14 @@ def _own_rngs(self:Checkpoint):
     return {k:{**o, 'torch_cuda_state':_gpu_states(o['torch_cuda_state'], gpu, torch.cuda.current_device() if n else 0, n)} for k,o in rngs.items()}
 
 @patch
+def _own_place(self:Checkpoint, device):
+    "The state of the training loader of this process; with another number of them one that the loader makes of all, if it can"
+    dl,places = self.dls.train,[o.get('loader') for o in self._saved['rngs']]
+    if not all(places): return
+    places = [restored(o, device) for o in places]
+    return places[rank()] if len(places)==world_size() else dl.joined(places) if hasattr(type(dl), 'joined') else None
+
+@patch
 def _restore(self:Checkpoint, override):
     "Put everything to where it was; true if this set the place in the training loader too"
     learn,saved,model = self.learn,self._saved,unwrapped(self.learn.model)
@@ -341,8 +349,8 @@ def _restore(self:Checkpoint, override):
         if hasattr(type(cb), 'load_state_dict'): cb.load_state_dict(restored(s, at))
         else: set_state(cb, {k:v for k,v in s.items() if f'{nm}.{k}' not in override and k not in no}, at)
     for m,s in zip(learn.metrics, saved['metrics']): set_state(m, s, dev)
-    place = saved['rngs'][rank()%len(saved['rngs'])].get('loader')
-    if placed := bool(place) and not {'data','processes'} & set(override): learn.dls.train.load_state_dict(restored(place, dev))
+    place = None if 'data' in override else self._own_place(dev)
+    if place: learn.dls.train.load_state_dict(place)
     set_rng_states(self.dls, self._own_rngs()['now'])
     self._saved = None
-    return placed
+    return bool(place)

@@ -158,6 +158,15 @@ def load_state_dict(self:StreamDL,
         f'the training loader has fewer batches than in the run, which had used {state["taken"]} of them: give it the same data')
     self.at,self.taken,self._rng,self._turn = state['at'],state['taken'],state['rng'],None
 
+# %% ../nbs/16_loaders.ipynb #a685a696
+@patch
+def joined(self:StreamDL,
+    states:list, # as from `state_dict`, of all processes that there were
+) -> dict: # for each process that there is now; None: the loader cannot tell
+    "One state from those of several processes"
+    if not hasattr(type(self.dl), 'joined') or not all(o['dl'] for o in states): return
+    return states[0] | dict(at=min(states[0]['at'], self.steps), dl=self.dl.joined([o['dl'] for o in states]))
+
 # %% ../nbs/16_loaders.ipynb #45ff3cb1
 class _StreamDLs(DataLoaders):
     train_ds = property(lambda self: self.train) # whom fastai asks for a loss function

@@ -110,8 +110,8 @@ def _item(dl, data):
         return [[o if isinstance(o, int) else 'its own' for o in shape[1 if here else 0:]], str(getattr(x, 'dtype', getattr(x, 'mode', type(x).__name__)))]
 
 def _opened(dl):
-    "How files become images, as far as the dataset and the loader of `image_dls` say it"
-    return {k:_words(v) for k,v in {**(getattr(getattr(dl, 'dataset', None), 'opened_with', None) or {}), 'max_aspect':getattr(dl, 'max_aspect', None)}.items()}
+    "How files become images, as far as the dataset and the loader say it"
+    return {k:_words(v) for k,v in {**(getattr(getattr(dl, 'dataset', dl), 'opened_with', None) or {}), 'max_aspect':getattr(dl, 'max_aspect', None)}.items()}
 
 def _order(dl):
     "Who says which images come when"

@@ -1,5 +1,5 @@
 "Streams of images: the batches that their order says, whatever cannot be used left out and counted, and those that would have followed after any interruption"
-import gc, io, itertools, time, warnings
+import gc, io, itertools, shutil, time, warnings
 from functools import partial
 from random import Random
 
@@ -16,7 +16,7 @@ from self_supervised.image_files import open_image
 from self_supervised.packed import PackedImages, pack_images
 from self_supervised.shards import Sample, open_shards
 from self_supervised.stream_order import StreamOrder
-from self_supervised.streams import ImageStream, joined_state, stream_dls
+from self_supervised.streams import ImageStream, stream_dls
 from self_supervised.whole_images import window
 from test_shards import write_tar
 
@@ -228,7 +228,7 @@ def test_other_numbers_of_processes(folder, monkeypatch, plan, quietly):
     for ranks,stops in plan:
         parts = [part(folder, monkeypatch, r, ranks, state, 1000 if stops is None else stops[r]) for r in range(ranks)]
         seen += [i for names,_ in parts for b in names for i in b]
-        if stops: state = joined_state([s[-1] for _,s in parts])
+        if stops: state = stream_dls(folder, **kw).train.dl.joined([s[-1] for _,s in parts])
     want = {i for i in range(100) if i not in bad}
     counts = {i:seen.count(i) for i in want}
     assert set(seen)==want
@@ -256,3 +256,89 @@ def test_labels_must_be_numbers(folder):
 def test_few_shards(folder, monkeypatch):
     monkeypatch.setattr(streams, 'world_size', lambda: 8)
     with pytest.warns(UserWarning, match='5 shards for 8 processes.*32 shards or more'): stream_dls(folder, **kw)
+
+# ---- runs that are killed
+
+class Die(Callback):
+    "Raise after the `nth` backward pass"
+    is_setting = False
+    def __init__(self, nth): self.nth = nth
+    def after_backward(self):
+        self.nth -= 1
+        if not self.nth: raise KeyboardInterrupt
+
+def run_of(folder, source, weights=42, cbs=(), ranks=1, method='swav', **kwargs):
+    set_seed(weights)
+    dls = stream_dls(source, **{**kw, 'bs':8//ranks, **kwargs})
+    return methods.learner(method, dls, m=methods.model(method, enc=methods.small_encoder()), cbs=[Checkpoint(folder, minutes=None, steps=1), *cbs], path=folder)
+
+def outcome(learn): return [*learn.model.state_dict().values(), torch.stack(list(learn.recorder.losses)), torch.tensor([o[0] for o in learn.recorder.values])]
+
+@pytest.mark.parametrize('nth,workers', [(1,0), (8,2), (12,3), (13,0), (30,3)])
+def test_goes_on_exactly(folder, tmp_path, nth, workers, quietly):
+    "12 batches an epoch: killed in its first, in the middle, in its last, in the first of the next, in the third; and once more when it has gone on"
+    quiet(whole := run_of(tmp_path/'whole', folder, num_workers=workers), 3, 1e-2)
+    for n in (nth,2):
+        dying = run_of(tmp_path/'run', folder, cbs=[Die(n)], num_workers=workers)
+        dying.resume(missing_ok=True)
+        with pytest.raises(KeyboardInterrupt): quiet(dying, 3, 1e-2)
+    again = run_of(tmp_path/'run', folder, weights=7, num_workers=2)
+    again.resume(missing_ok=True)
+    quiet(again, 3, 1e-2)
+    for a,b in zip(outcome(whole), outcome(again), strict=True): assert torch.equal(a, b)
+
+def test_goes_on_after_a_source_was_given_up(tmp_path, pauses):
+    "with the batch after the last one that was saved"
+    quiet(whole := run_of(tmp_path/'whole', Flaky(64, 0, 0)), 2, 1e-2)
+    with pytest.warns(UserWarning, match='trying again'), pytest.raises(OSError, match='go on from the last checkpoint'): quiet(run_of(tmp_path/'run', Flaky(64, 50, 99)), 2, 1e-2)
+    again = run_of(tmp_path/'run', Flaky(64, 0, 0), weights=7)
+    again.resume()
+    quiet(again, 2, 1e-2)
+    for a,b in zip(outcome(whole), outcome(again), strict=True): assert torch.equal(a, b)
+
+@pytest.mark.parametrize('kwargs, says', [(dict(seed=4), 'opened.seed: 3 → 4'), (dict(shuffle=20), 'opened.shuffle: 16 → 20'), (dict(together=3), 'opened.together'), (dict(min_side=6), 'opened.min_side'), (dict(max_aspect=2.), 'opened.max_aspect')])
+def test_other_settings(folder, tmp_path, kwargs, says, quietly):
+    with pytest.raises(KeyboardInterrupt): quiet(run_of(tmp_path, folder, cbs=[Die(3)]), 1)
+    other = run_of(tmp_path, folder, **kwargs)
+    other.resume()
+    with pytest.raises(ValueError, match=says): quiet(other, 1)
+
+def test_other_shards(folder, tmp_path, quietly):
+    "a shard more makes another order"
+    with pytest.raises(KeyboardInterrupt): quiet(run_of(tmp_path/'run', folder, cbs=[Die(3)], steps=5), 1)
+    other = run_of(tmp_path/'run', write(tmp_path/'more', 101, (13,0,37,1,49,1)), steps=5)
+    other.resume()
+    with pytest.raises(ValueError, match='opened.sizes'): quiet(other, 1)
+
+class Names(Callback):
+    "The images of each batch, by their labels"
+    is_setting,order = False,-50
+    def before_fit(self): self.names = []
+    def before_batch(self):
+        if self.training: self.names.append(self.yb[0].tolist())
+
+def on_rank(folder, source, ranks, stop, go=False):
+    "Names of the images of this process, of the last number of epochs, and the weights"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn = run_of(folder/'run', source, cbs=[Names(), *([Die(stop)] if stop else [])], ranks=ranks, label_func=lambda o: int(o.name.split(' ')[0]), steps=12)
+        if go: learn.resume(['processes','bs','distributed_trainer.sync_bn'])
+        try:
+            with learn.distrib_ctx(): quiet(learn, 2, 1e-2)
+        except KeyboardInterrupt: pass
+    return learn.names.names,{k:v.clone() for k,v in learn.model.state_dict().items()}
+
+@pytest.mark.slow
+def test_two_processes_go_on_as_two_and_as_one(folder, tmp_path):
+    "weights of an undisturbed run, to the bit; with one process in place of two each image of the pass comes once all the same"
+    for d in 'ab': (tmp_path/d).mkdir()
+    whole  = processes.on_ranks(partial(on_rank, source=folder, ranks=2, stop=None), tmp_path/'a', 2)
+    before = processes.on_ranks(partial(on_rank, source=folder, ranks=2, stop=8), tmp_path/'b', 2)
+    shutil.copytree(tmp_path/'b', tmp_path/'c')
+    after  = processes.on_ranks(partial(on_rank, source=folder, ranks=2, stop=None, go=True), tmp_path/'b', 2)
+    for (names,weights),(again,same) in zip(whole, after):
+        assert again[7:]==names[7:] # the first are those of the first process, from the checkpoint
+        for k in weights: assert torch.equal(weights[k], same[k])
+    names,_ = on_rank(tmp_path/'c', folder, 1, None, go=True)
+    seen = [i for part,_ in before for b in part[:7] for i in b] + [i for b in names[7:] for i in b]
+    assert sorted(seen[:95])==sorted(set(range(100))-set(bad))
