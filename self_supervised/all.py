@@ -19,6 +19,10 @@ from self_supervised.watcher import *
 # images → views → scores → targets
 from self_supervised.whole_images import *
 from self_supervised.data import *
+from self_supervised.loaders import *
+from self_supervised.stream_order import *
+from self_supervised.shards import *
+from self_supervised.streams import *
 from self_supervised.augmentations import *
 from self_supervised.layers import *
 from self_supervised.multicrop import *

@@ -43,8 +43,8 @@ def loader_facts(
 ) -> AttrDict: # n: images of an epoch, bs: images of a batch (None if nobody knows), drop_last
     "How many images `dl` gives, and in which batches"
     dl = dl.dl if isinstance(dl, DistributedDL) else dl
-    by = getattr(dl, 'batch_sampler', None) # of PyTorch
-    if by is None: return AttrDict(n=getattr(dl, 'n', None), bs=getattr(dl, 'bs', getattr(dl, 'batch_size', None)), drop_last=getattr(dl, 'drop_last', False))
+    by = getattr(dl, 'batch_sampler', None) # of PyTorch, whose loaders have no `n`
+    if by is None or hasattr(dl, 'n'): return AttrDict(n=getattr(dl, 'n', None), bs=getattr(dl, 'bs', getattr(dl, 'batch_size', None)), drop_last=getattr(dl, 'drop_last', False))
     try: n = len(getattr(by, 'sampler', dl.dataset))
     except TypeError: n = None
     return AttrDict(n=n, bs=getattr(by, 'batch_size', None), drop_last=getattr(by, 'drop_last', False))

@@ -165,12 +165,22 @@ def _device(model): return next(model.parameters()).device
 def _copied(o): return (o.clone() if o.is_cpu else o.cpu()) if isinstance(o, Tensor) else o
 
 @patch
+def _place(self:Checkpoint):
+    "The state of the training loader, if it has one"
+    dl = self.dls.train
+    if not hasattr(type(dl), 'load_state_dict'): return
+    state = dl.state_dict()
+    try: return plain(state, _device(self.learn.model))
+    except TypeError as e: raise TypeError(
+        f'the state_dict of the training loader holds a {e}, which a checkpoint cannot hold: let it give numbers, strings, tensors, arrays, and lists and dicts of them') from None
+
+@patch
 def _passing(self:Checkpoint):
     "What changes outside of training too"
     dev = _device(self.learn.model)
     cbs = {nm:plain(cb.state_dict(), dev) if hasattr(type(cb), 'state_dict') else state_of(cb, dev) for nm,cb in named_callbacks(self.learn.cbs) if cb is not self}
     gpu = torch.cuda.current_device() if torch.cuda.is_available() else 0
-    return dict(cbs=cbs, metrics=[state_of(o, dev) for o in self.learn.metrics], rngs={'begin':self._rng_begin, 'now':rng_states(self.dls), 'gpu':gpu})
+    return dict(cbs=cbs, metrics=[state_of(o, dev) for o in self.learn.metrics], rngs={'begin':self._rng_begin, 'now':rng_states(self.dls), 'gpu':gpu, 'loader':self._place()})
 
 @patch
 def state(self:Checkpoint) -> dict: # tensors, numbers, strings, lists and dicts
@@ -290,12 +300,12 @@ def _rest_of_epoch(learn, cb, override):
     saved,dl = cb._saved,learn.dl
     learn.n_iter,n,rngs = len(dl),saved['batch'],cb._own_rngs()
     if 'data' in override: n = learn.n_iter # the epoch is over but for its validation, however many batches it has now
-    cb._restore(override)
+    placed = cb._restore(override)
     cb._at,cb._rng_begin = (learn.epoch,n),rngs['begin']
-    if n<learn.n_iter:
-        with closing(batches_after(dl, learn.dls, n, **rngs)) as rest: # an error in a batch leaves nothing behind in the loader
+    if n>=learn.n_iter: cb._end = cb._passing()
+    if n<learn.n_iter or placed: # a loader that is at its end has yet to see it
+        with closing(batches_after(dl, learn.dls, n, **rngs, placed=placed)) as rest: # an error in a batch leaves nothing behind in the loader
             for o in enumerate(rest, n): learn.one_batch(*o)
-    else: cb._end = cb._passing()
 
 def _gpu_states(states, gpu, own, n):
     "Of the saved generators one for each of `n` GPUs; `own`, that of this process, gets that of `gpu`, which it had then"
@@ -306,11 +316,20 @@ def _own_rngs(self:Checkpoint):
     "The generators of this process; where the number of processes has grown, some share"
     rngs = dict(self._saved['rngs'][rank()%len(self._saved['rngs'])])
     n,gpu = torch.cuda.device_count(),rngs.pop('gpu', 0)
+    rngs.pop('loader', None)
     return {k:{**o, 'torch_cuda_state':_gpu_states(o['torch_cuda_state'], gpu, torch.cuda.current_device() if n else 0, n)} for k,o in rngs.items()}
 
 @patch
+def _own_place(self:Checkpoint, device):
+    "The state of the training loader of this process; with another number of them one that the loader makes of all, if it can"
+    dl,places = self.dls.train,[o.get('loader') for o in self._saved['rngs']]
+    if not all(places): return
+    places = [restored(o, device) for o in places]
+    return places[rank()] if len(places)==world_size() else dl.joined(places) if hasattr(type(dl), 'joined') else None
+
+@patch
 def _restore(self:Checkpoint, override):
-    "Put everything to where it was"
+    "Put everything to where it was; true if this set the place in the training loader too"
     learn,saved,model = self.learn,self._saved,unwrapped(self.learn.model)
     dev = _device(model)
     if set(override)<={*data_settings}: load_model(model, saved['model'], self.folder) # again: some callback may have changed it
@@ -330,5 +349,8 @@ def _restore(self:Checkpoint, override):
         if hasattr(type(cb), 'load_state_dict'): cb.load_state_dict(restored(s, at))
         else: set_state(cb, {k:v for k,v in s.items() if f'{nm}.{k}' not in override and k not in no}, at)
     for m,s in zip(learn.metrics, saved['metrics']): set_state(m, s, dev)
+    place = None if 'data' in override else self._own_place(dev)
+    if place: learn.dls.train.load_state_dict(place)
     set_rng_states(self.dls, self._own_rngs()['now'])
     self._saved = None
+    return bool(place)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['flags_file', 'ask_package', 'known', 'at_least', 'nearest', 'parse', 'in_shell', 'command', 'is_image',
-           'image_folder', 'image_sources', 'labelled_folders', 'check_writable', 'whole_file']
+           'image_folder', 'image_sources', 'is_sharded', 'labelled_folders', 'check_writable', 'whole_file']
 
 # %% ../nbs/70_cli_command.ipynb #7c12a5de
 import argparse, ast, codecs, difflib, errno, inspect, json, mimetypes, os, re, sys, tempfile, traceback, warnings
@@ -234,6 +234,14 @@ def image_sources(
         p = Path(o).expanduser()
         res += [image_folder(o)] if not p.is_file() else [p] if is_image(p) else _listed(p)
     return res
+
+def is_sharded(
+    words:list, # as written on the command line
+) -> bool: # False: folders of images, image files and lists of them
+    "Do they name archives, tables or addresses, or folders that hold some?"
+    ends = '.tar','.tar.gz','.tgz','.parquet'
+    def _any(o): return '://' in o or o.lower().endswith(ends) or os.path.isdir(o) and any(f.lower().endswith(ends) for f in os.listdir(o))
+    return any(_any(os.path.expanduser(o)) for o in map(str, words))
 
 def labelled_folders(
     path:str|Path, # a folder with one folder for each class, or with train/ and val/ of that kind

@@ -74,13 +74,14 @@ def save_views(
     n:int=4, # images
 ):
     "Draw the views of `n` images, and leave no trace in the random generators; notices are left to the fit"
-    from fastai.vision.all import no_random
-    from self_supervised.pipelines import make_views, show_views
+    from fastai.vision.all import first, no_random
+    from self_supervised.batches import images_labels
     from self_supervised.core import ssl_callback
+    from self_supervised.pipelines import make_views, show_views
     augs,dl = ssl_callback(learn).aug_pipelines,learn.dls.train
     with no_random(reproducible=False), warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        x = dl.do_batch([dl.do_item(i) for i in range(min(n, len(dl.dataset)))])[0]
+        x = dl.do_batch([dl.do_item(i) for i in range(min(n, len(dl.dataset)))])[0] if hasattr(dl, 'do_batch') else images_labels(first(dl))[0][:n]
         _save(show_views(augs, make_views(augs, x), n, imsize=1.2, layout='constrained'), learn.path/'views.png')
 
 def save_curves(

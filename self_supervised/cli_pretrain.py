@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-from .cli_command import at_least, check_writable, command, image_sources, known, labelled_folders, nearest, whole_file
+from .cli_command import at_least, check_writable, command, image_sources, is_sharded, known, labelled_folders, nearest, whole_file
 from .cli_judge import cut_sizes, find_encoder, first_encoder, labelled_dls, settings_of
 from .cli_log import check_wandb, history_file, log_lines, loggers, save_curves, save_views, start_line
 
@@ -105,6 +105,20 @@ def _by_folder(recipe, fns):
         f'--recipe {recipe.name} learns from labels, and all images lie in one folder, {found[0]}: give a folder with one folder for each class, or take a recipe without labels')
     return dict(label_func=parent_label)
 
+def _label_of(sample):
+    "The number in the field cls or label of an image of a shard"
+    for k in ('cls','label'):
+        if (v := sample.fields.get(k)) is not None: return int(v)
+    raise ValueError(f'the recipe learns from labels, and {sample.name} has none, as a number in a field cls or label: write shards with ssl_shards --labels, or take a recipe without labels')
+
+def _streamed(recipe, words, how, steps, shuffle_buffer):
+    "DataLoaders over shards, with labels for a recipe that learns from them"
+    from self_supervised.methods import ssl_methods
+    from self_supervised.streams import stream_dls
+    words  = [p for o in words for p in ([str(o)] if is_sharded([o]) else image_sources([o]))]
+    buffer = {} if shuffle_buffer is None else dict(shuffle=shuffle_buffer)
+    return stream_dls(words, steps=steps, label_func=_label_of if ssl_methods()[recipe.method].callback.needs_labels else None, **how, **buffer)
+
 @contextmanager
 def _listening(cb):
     "Let Ctrl-C end the fit of the `Checkpoint` callback `cb` in order"
@@ -152,7 +166,7 @@ def _check_flags(recipe, names, out, settings, resume, override, extend, tensorb
 
 @command
 def ssl_pretrain(
-    source:Annotated[str, {'nargs':'+'}], # folders of images, searched with all below them; image files; or text files with the name of an image in each line. The folder of an image is its class for recipes that learn from labels; for all others labels are not looked at
+    source:Annotated[str, {'nargs':'+'}], # folders of images, searched with all below them; image files; text files with the name of an image in each line; or shards: archives (.tar) and tables (.parquet), folders and patterns of them, and their addresses. The folder of an image is its class for recipes that learn from labels; for all others labels are not looked at
     recipe:Annotated[str, {'opt':True, 'required':True}], # what to do
     out:Path='pretrained', # folder for the run; if it holds one, that goes on
     labelled:str=None, # folder of labelled images: their k-NN accuracy becomes a column
@@ -173,7 +187,9 @@ def ssl_pretrain(
     tensorboard:bool=False, # write numbers for TensorBoard to out/tensorboard
     wandb:str=None, # send numbers to this project of Weights & Biases
     suggest:bool=False, # print which settings would fit these images and this machine, and why, and end
-    skip_bad:bool=False, # read every image before the run begins, and leave those out that cannot be read
+    skip_bad:bool=False, # read every image before the run begins, and leave those out that cannot be read (of shards these are skipped anyway)
+    steps:at_least(1)=None, # of shards: batches of an epoch; default: the full ones that all images make
+    shuffle_buffer:at_least(0)=None, # of shards: images of a block that is shuffled in memory; 0: they come as they lie; default: 10,000
     init:str=None, # begin with the weights of an encoder: imagenet, a released name, a file, or the folder of a run; default: none, from scratch
     freeze_encoder_epochs:at_least(1)=None, # with --init: first epochs in which the encoder waits, while what stands on it learns; default: none
     extend:at_least(1)=None, # let a finished run go on for so many epochs more
@@ -181,9 +197,12 @@ def ssl_pretrain(
 ): # exit code
     "Pretrain an encoder on images. --bs is the batch of ALL processes together (the official code's --batch_size is that of each GPU)"
     words = [source] if isinstance(source, (str,Path)) else list(source)
-    sources,out,override = image_sources(words),Path(out).expanduser(),list(override or ())
+    sharded = is_sharded(words)
+    sources,out,override = None if sharded else image_sources(words),Path(out).expanduser(),list(override or ())
     n_procs,main,init = int(os.environ.get('WORLD_SIZE', 1)),not int(os.environ.get('RANK', 0)),None if init=='none' else init
     _check_flags(recipe, list(known()['recipes']), out, settings, resume, override, extend, tensorboard, wandb, init)
+    if sharded and suggest: raise ValueError('--suggest looks at image files, and shards would have to be opened for that: give a folder with some of the images')
+    if not sharded and (bad := [k for k,v in dict(steps=steps, shuffle_buffer=shuffle_buffer).items() if v is not None]): raise ValueError(f'--{bad[0].replace("_","-")} is for shards, and these are image files: leave it out, or make shards of them with ssl_shards')
     if labelled: labelled_folders(labelled)
     if main and not suggest:
         _check_out(out)
@@ -198,7 +217,7 @@ def ssl_pretrain(
         n,new = _extended(out, extend, settings)
         settings = settings_of(_said(out)) | settings | dict(epochs=n)
         override += [o for o in ('epochs','n_epoch','param_scheduler.lr') if o not in override]
-    run = dict(n_in=n_in, max_value=max_value, background=background, load_size=load_size, max_aspect=max_aspect, squares=squares, checkpointing=checkpointing, seed=seed, labelled=bool(labelled), processes=n_procs, init=init, freeze_encoder_epochs=freeze_encoder_epochs)
+    run = dict(n_in=n_in, max_value=max_value, background=background, load_size=load_size, max_aspect=max_aspect, squares=squares, checkpointing=checkpointing, seed=seed, labelled=bool(labelled), processes=n_procs, init=init, freeze_encoder_epochs=freeze_encoder_epochs, steps=steps, shuffle_buffer=shuffle_buffer)
     if freeze_encoder_epochs and init is None: raise ValueError(f'--freeze-encoder-epochs {freeze_encoder_epochs}: an encoder with random weights would wait for nothing: give --init, or leave it out')
     _check_same(out, dict(recipe=recipe, **run, **settings), override)
 
@@ -227,15 +246,17 @@ def ssl_pretrain(
     cut  = dict(size=(load_size,)*2 if load_size else tuple(o*8//7 for o in crop)) if squares else dict(size=None, short_side=load_size or usual)
     long = {} if max_aspect is None else dict(max_aspect=max_aspect)
     skip = (lambda fns: good_images(fns, max(workers or 0, min(8, defaults.cpus)), **cut, n_in=n_in, background=background or 'white')) if skip_bad else None
-    fns,listed,skipped = _list(sources, out, override, main, skip)
-    labels = _by_folder(r, fns)
-    if suggest: return _suggest(r, fns, n_in, squares, short_side=max(cut['size']) if squares else load_size, **long)
+    if not sharded:
+        fns,listed,skipped = _list(sources, out, override, main, skip)
+        labels = _by_folder(r, fns)
+        if suggest: return _suggest(r, fns, n_in, squares, short_side=max(cut['size']) if squares else load_size, **long)
     if r.bs%n_procs: raise ValueError(f'--bs {r.bs} is the batch of all {n_procs} processes together: give a multiple of {n_procs}')
     fastprogress.NO_BAR = not sys.stdout.isatty()
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     set_seed(seed)
-    light = dict(max_value=common_depth(fns, n_in, max_value).get('max_value'), background=background or 'white')
-    dls   = image_dls(fns, **labels, **cut, **long, bs=r.bs//n_procs, n_in=n_in, num_workers=workers, seed=seed, **light)
+    light = dict(max_value=max_value if sharded else common_depth(fns, n_in, max_value).get('max_value'), background=background or 'white')
+    how   = dict(**cut, **long, bs=r.bs//n_procs, n_in=n_in, num_workers=workers, seed=seed, **light)
+    dls   = _streamed(r, words, how, steps, shuffle_buffer) if sharded else image_dls(fns, **labels, **how)
     encoder = r.create_encoder(n_in) if init is None or _saved(out) else first_encoder(r, init, n_in)
     if checkpointing: encoder = checkpoint_encoder(encoder)
     checkpoint,notes = Checkpoint(out/'checkpoints', minutes=minutes),[]
@@ -250,14 +271,16 @@ def ssl_pretrain(
     if labelled: cbs.append(OnlineKNN(labelled_dls(labelled, *cut_sizes(crop), n_in, workers=workers, **light), every=knn_every))
     if main:
         out.mkdir(parents=True, exist_ok=True)
-        data = dict(source=[*map(str, words)] if words[1:] else str(words[0]), images=len(fns), labelled=labelled, **light)
-        if skipped is not None: data['skipped'] = skipped
-        if labels: data['classes'] = list(dls.vocab)
+        data = dict(source=[*map(str, words)] if words[1:] else str(words[0]), images=len(dls.train.order if sharded else fns), labelled=labelled, **light)
+        if not sharded:
+            if skipped is not None: data['skipped'] = skipped
+            if labels: data['classes'] = list(dls.vocab)
         said = dict(recipe=recipe, method=r.method, run=run, settings=r.settings, data=data, id=os.urandom(4).hex(),
                     command=_again(sys.argv), versions={o:version(o) for o in ('self_supervised','torch','torchvision','fastai','timm')}, commit=git_commit())
         if checkpoint.files: said = _said(out)|dict(data=data)
         if new: said |= dict(settings=r.settings, extended=extend, finished=False)
-        notes += [(out/'settings.json', json.dumps(said, indent=1, default=str)), (out/'images.txt', '\n'.join(listed)+'\n')]
+        listed = [f'{o.name} {n}' for o,n in zip(dls.train.shards, dls.train.order.sizes)] if sharded else listed
+        notes += [(out/'settings.json', json.dumps(said, indent=1, default=str)), (out/('shards.txt' if sharded else 'images.txt'), '\n'.join(listed)+'\n')]
         if not checkpoint.files: note() # else when the fit goes on, and nobody has refused
         cbs += [table, *loggers(out, tensorboard, wandb, said)]
     learn = r.learner(dls, encoder, cbs=cbs, path=out)
@@ -269,6 +292,7 @@ def ssl_pretrain(
         names += [o for o in (f'{cb.name}.{arg}' for arg,_,_ in cb.epoch_settings.values()) if o in in_file]
     learn.resume(names, missing_ok=True)
     what = 'images, cut to {}×{} pixels,'.format(*cut['size']) if squares else f'whole images, with a shorter side of {cut["short_side"]} pixels at most,'
+    if sharded: what = f'of {len(dls.train.order):,} {what}'
     if main and begins: save_views(learn)
     with _listening(checkpoint):
         try:

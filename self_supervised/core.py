@@ -59,8 +59,8 @@ class SSLCallback(Callback):
 
     @property
     def equal_sizes(self) -> bool: # do all processes have as many images in this batch?
-        "fastai's distributed loader deals them out evenly; with any other the numbers have to be asked for"
-        return isinstance(self.dl, DistributedDL)
+        "fastai's distributed loader deals them out evenly, and others may say that they have full batches only (`equal_batches`); else the numbers have to be asked for"
+        return isinstance(self.dl, DistributedDL) or getattr(self.dl, 'equal_batches', False)
 
     def inputs(self,
         views:list, # one batch of views a pipeline, (B,C,h,w)

@@ -95,13 +95,18 @@ def all_mean(
     return mine + (total/count-mine).detach()
 
 # %% ../nbs/00_dist.ipynb #f1333795
-_init,_get_idxs,_find = DistributedTrainer.__init__,DistributedDL.get_idxs,LRFinder.before_fit
+_init,_wrap,_get_idxs,_find = DistributedTrainer.__init__,DistributedTrainer._wrap_dl,DistributedDL.get_idxs,LRFinder.before_fit
 
 @patch
 def __init__(self:DistributedTrainer, sync_bn=True, **kwargs):
     "Without a GPU, ask Accelerate for CPU processes; and no `SyncBatchNorm`, which PyTorch has for GPUs only"
     cpu = kwargs.pop('cpu', default_device().type=='cpu')
     _init(self, sync_bn and not cpu, cpu=cpu, **kwargs)
+
+@patch
+def _wrap_dl(self:DistributedTrainer, dl):
+    "A loader that says of itself that it has the share of this process is not dealt out again"
+    return dl if getattr(type(dl), 'is_share', False) else _wrap(self, dl)
 
 @patch
 def _broadcast(self:DistributedDL, t, rank):

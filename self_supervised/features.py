@@ -58,7 +58,7 @@ def without_normalization(
 # %% ../nbs/50_features.ipynb #fb97157d
 def _inner(dl):
     if isinstance(dl, DataLoaders): raise TypeError('these are DataLoaders, for training and for validation: pass one of them, dls.train or dls.valid')
-    return dl.dl if isinstance(dl, DistributedDL) else dl # each process holds a part
+    return dl.dl if isinstance(dl, DistributedDL) or getattr(dl, 'whole', False) else dl # each process holds a part; or an epoch is one pass of the loader inside
 
 _whole = torch_data.SequentialSampler, torch_data.RandomSampler, torch_data.WeightedRandomSampler, torch_data.DistributedSampler
 

@@ -31,7 +31,7 @@ def check_loaders(
     for nm,dl in zip(('train','valid'), dls):
         try: len(dl)
         except TypeError: raise ValueError(
-            f'dls.{nm} is a stream without a length, and the steps of a fit are counted before it starts: give its dataset a `__len__`, the number of images that it yields in an epoch') from None
+            f'dls.{nm} is a stream without a length, and the steps of a fit are counted before it starts: wrap it, loader_dls(train, valid, steps=…) of self_supervised.loaders with the number of batches of an epoch, or give its dataset a `__len__`, the number of images that it yields in an epoch') from None
     dl  = dls.train.dl if isinstance(dls.train, DistributedDL) else dls.train
     fs  = L(getattr(getattr(dl, 'after_batch', None), 'fs', ()))
     if fs.filter(lambda o: isinstance(o, Normalize)): warn_once(

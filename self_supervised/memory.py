@@ -38,7 +38,7 @@ def check_countable(
 ):
     "Raise unless `EpochIds` can follow `dl`"
     if not isinstance(dl, DataLoader): raise TypeError(
-        f'dls.train is a {type(dl).__module__}.{type(dl).__name__}, which does not say which images are in a batch: give the same dataset to fastai.data.load.DataLoader')
+        f'dls.train is a {type(dl).__module__}.{type(dl).__name__}, which does not say which images are in a batch, and a memory of all images needs their numbers: give a dataset with a length and an index to fastai.data.load.DataLoader (image_dls and tensor_dls do), or take a method that remembers no images, if this is a stream')
     dl = dl.dl if isinstance(dl, DistributedDL) else dl
     if not dl.indexed or dl.n is None or dl.bs is None: raise ValueError(
         'the images of this DataLoader have no numbers (an iterable dataset, or bs=None): a memory of all images needs a dataset with a length and an index, and a batch size')

@@ -78,7 +78,7 @@ def check_range(
 class UnitFloat(Transform):
     "uint8 images as floats in [0,1], unless `raw` is set"
     order,raw = 11,False # after fastai's `IntToFloatTensor`, in case there is one, and before `Normalize`
-    def encodes(self, x:TensorImage): return x if self.raw or x.is_floating_point() else x.float().div_(255)
+    def encodes(self, x:TensorImage): return x if self.raw is True or x.is_floating_point() else x.float().div_(255)
 
 def _steps(dl):
     dl = dl.dl if isinstance(dl, DistributedDL) else dl

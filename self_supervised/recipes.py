@@ -30,7 +30,7 @@ from torch import nn
 
 from . import vision
 from .batches import images_labels
-from .basics import check_size, warn_once
+from .basics import check_size, loader_facts, warn_once
 from .core import SSLCallback, ssl_callback
 from .data import no_loss, tensor_dls
 from .dist import world_size
@@ -312,7 +312,9 @@ def fit(self:Recipe,
     "Train `learn` for the epochs of the recipe, on its schedule"
     dl,cbs = learn.dls.train,L(kwargs.pop('cbs', None))
     if ssl_callback(learn) is None: raise ValueError('this Learner has no self-supervised callback: make it with recipe.learner(dls)')
-    bs,r = (getattr(dl, 'bs', None) or dl.batch_size)*world_size(),self # fastai's or PyTorch's
+    if (bs := loader_facts(dl).bs) is None: raise ValueError(
+        'the training loader does not say how many images a batch has, and learning rates depend on it: wrap it, loader_dls(train, valid, steps=…) of self_supervised.loaders')
+    bs,r = bs*world_size(),self
     if bs!=self.bs:
         r = self.new(bs=bs)
         warn_once(f'batches of {bs} images instead of the {self.bs} of {self.name}: the learning rate follows, {self.lr:.4g} → {r.lr:.4g}')

@@ -12,6 +12,7 @@ from fastai.vision.augment import RandTransform
 import torch
 
 from .basics import set_rng_states
+from .loaders import continued
 
 # %% ../nbs/64_replay.ipynb #f95b810c
 def _all_steps(dl):
@@ -53,12 +54,13 @@ def batches_after(
     n:int, # batches that are done
     begin:dict, # `rng_states` just before the epoch began
     now:dict, # `rng_states` after batch n-1
+    placed:bool=False, # `dl` has a state of its own, and it is that after batch n-1 already
 ): # yields batches
     "The rest of an epoch, from batch `n` on"
     set_rng_states(dls, begin)
-    if can_skip(dl): yield from _skipping(dl, dls, n, now)
+    if not placed and can_skip(dl): yield from _skipping(dl, dls, n, now)
     else:
-        it = iter(dl)
-        for _ in range(n): next(it)
+        it = continued(dl, begin) if placed else iter(dl)
+        for _ in range(0 if placed else n): next(it)
         set_rng_states(dls, now)
         yield from it

@@ -22,7 +22,6 @@ from fastai.callback.core import TrainEvalCallback
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.load import DataLoader
-from fastai.distributed import DistributedDL
 from fastai.learner import CastToTensor, Learner, Recorder
 from fastai.torch_core import no_random
 
@@ -103,20 +102,21 @@ def _data(ds):
 def _item(dl, data):
     "Shape and type of one item, if it can be had"
     here = isinstance(dl, DataLoader)
-    if dl.num_workers and not {'names','pixels'} & set(data) or data.get('n', 1) is None: return
+    if getattr(dl, 'num_workers', 0) and not {'names','pixels'} & set(data) or data.get('n', 1) is None: return
     with suppress(Exception), no_random(reproducible=False): # what is wrong with an item is said when it is trained on
-        x = dl.do_batch([dl.do_item(0)]) if here else dl.dataset[0]
+        x = dl.do_batch([dl.do_item(0)]) if here else getattr(dl, 'dataset', dl)[0]
         while isinstance(x, (tuple,list,dict)): x = next(iter(x.values() if isinstance(x, dict) else x))
         shape = getattr(x, 'shape', getattr(x, 'size', None))
         return [[o if isinstance(o, int) else 'its own' for o in shape[1 if here else 0:]], str(getattr(x, 'dtype', getattr(x, 'mode', type(x).__name__)))]
 
 def _opened(dl):
-    "How files become images, as far as the dataset and the loader of `image_dls` say it"
-    return {k:_words(v) for k,v in {**(getattr(dl.dataset, 'opened_with', None) or {}), 'max_aspect':getattr(dl, 'max_aspect', None)}.items()}
+    "How files become images, as far as the dataset and the loader say it"
+    return {k:_words(v) for k,v in {**(getattr(getattr(dl, 'dataset', dl), 'opened_with', None) or {}), 'max_aspect':getattr(dl, 'max_aspect', None)}.items()}
 
 def _order(dl):
     "Who says which images come when"
     if isinstance(dl, DataLoader): return [type(dl).__name__, bool(dl.shuffle)]
+    if not hasattr(dl, 'batch_sampler'): return [type(dl).__name__, None]
     by = getattr(dl.batch_sampler, 'sampler', dl.batch_sampler)
     return ['DataLoader', {RandomSampler:True, SequentialSampler:False}.get(type(by), type(by).__name__)]
 
@@ -145,8 +145,8 @@ def run_settings(
 ) -> dict: # name → plain values
     "What decides how the fit of `learn` goes on"
     dl,opt = learn.dls.train,learn.opt
-    inner  = dl.dl if isinstance(dl, DistributedDL) else dl
-    data   = _data(inner.dataset)
+    inner  = getattr(dl, 'dl', dl) # of one that deals out, or counts, the loader inside
+    data   = _data(getattr(inner, 'dataset', inner))
     scheduled = {k for cb in learn.cbs if isinstance(cb, ParamScheduler) for k in cb.scheds}
     res = {'n_epoch':learn.n_epoch, 'images':loader_facts(dl).n, 'bs':loader_facts(dl).bs, 'batches':len(dl), 'processes':world_size(),
            'data':data, 'opened':_opened(inner), 'item':_item(inner, data), 'loader':_order(inner), 'model':dict(_layers(learn.model)),
