@@ -17,6 +17,7 @@ from typing import Annotated
 from .cli_command import at_least, check_writable, command, image_sources, is_sharded, known, labelled_folders, nearest, whole_file
 from .cli_judge import cut_sizes, find_encoder, first_encoder, labelled_dls, settings_of
 from .cli_log import check_wandb, history_file, log_lines, loggers, save_curves, save_views, start_line
+from .cli_shards import streamed
 
 # %% ../nbs/72_cli_pretrain.ipynb #299ca0ff
 def _again(argv): return shlex.join([Path(argv[0]).name, *argv[1:]])
@@ -104,20 +105,6 @@ def _by_folder(recipe, fns):
     if len(found := sorted({parent_label(o) for o in fns}))<2: raise ValueError(
         f'--recipe {recipe.name} learns from labels, and all images lie in one folder, {found[0]}: give a folder with one folder for each class, or take a recipe without labels')
     return dict(label_func=parent_label)
-
-def _label_of(sample):
-    "The number in the field cls or label of an image of a shard"
-    for k in ('cls','label'):
-        if (v := sample.fields.get(k)) is not None: return int(v)
-    raise ValueError(f'the recipe learns from labels, and {sample.name} has none, as a number in a field cls or label: write shards with ssl_shards --labels, or take a recipe without labels')
-
-def _streamed(recipe, words, how, steps, shuffle_buffer):
-    "DataLoaders over shards, with labels for a recipe that learns from them"
-    from self_supervised.methods import ssl_methods
-    from self_supervised.streams import stream_dls
-    words  = [p for o in words for p in ([str(o)] if is_sharded([o]) else image_sources([o]))]
-    buffer = {} if shuffle_buffer is None else dict(shuffle=shuffle_buffer)
-    return stream_dls(words, steps=steps, label_func=_label_of if ssl_methods()[recipe.method].callback.needs_labels else None, **how, **buffer)
 
 @contextmanager
 def _listening(cb):
@@ -256,7 +243,7 @@ def ssl_pretrain(
     set_seed(seed)
     light = dict(max_value=max_value if sharded else common_depth(fns, n_in, max_value).get('max_value'), background=background or 'white')
     how   = dict(**cut, **long, bs=r.bs//n_procs, n_in=n_in, num_workers=workers, seed=seed, **light)
-    dls   = _streamed(r, words, how, steps, shuffle_buffer) if sharded else image_dls(fns, **labels, **how)
+    dls   = streamed(r, words, steps, shuffle_buffer, **how) if sharded else image_dls(fns, **labels, **how)
     encoder = r.create_encoder(n_in) if init is None or _saved(out) else first_encoder(r, init, n_in)
     if checkpointing: encoder = checkpoint_encoder(encoder)
     checkpoint,notes = Checkpoint(out/'checkpoints', minutes=minutes),[]

@@ -29,7 +29,9 @@ def _open(path): return fsspec.open(str(path), 'rb').open() if '://' in str(path
 # %% ../nbs/17_shards.ipynb #5e56f200
 class TarShard:
     "An archive of files, those of one name up to the first dot an image"
-    def __init__(self, path): self.path,self.name = path,str(path)
+    def __init__(self,
+        path:str|Path, # of the archive, or its address
+    ): self.path,self.name = path,str(path)
 
     def _groups(self, f):
         "Members of the archive that belong together"
@@ -76,7 +78,9 @@ def _need(name, extra, what):
 
 class ParquetShard:
     "A table with a column of pictures"
-    def __init__(self, path): self.path,self.name = path,str(path)
+    def __init__(self,
+        path:str|Path, # of the file, or its address
+    ): self.path,self.name = path,str(path)
 
     def _file(self, f): return _need('pyarrow.parquet', 'stream', self.name).ParquetFile(f)
 
@@ -116,7 +120,10 @@ def _of_row(row, column, name):
 # %% ../nbs/17_shards.ipynb #b2e5666f
 class FileShard:
     "Image files"
-    def __init__(self, files, name): self.files,self.name = files,name
+    def __init__(self,
+        files:list, # paths
+        name:str, # what they are called together, for messages
+    ): self.files,self.name = files,name
     def count(self): return len(self.files)
     def samples(self, start=0):
         "From the file numbered `start` on"
@@ -127,7 +134,12 @@ class FileShard:
 
 class DatasetShard:
     "One shard of a data set of Hugging Face"
-    def __init__(self, dataset, i, n, column): self.dataset,self.i,self.n,self.column,self.name = dataset,i,n,column,f'shard {i} of the data set'
+    def __init__(self,
+        dataset, # with a method `shard(n, i)`
+        i:int, # which shard
+        n:int, # of how many
+        column:str, # that of the pictures
+    ): self.dataset,self.i,self.n,self.column,self.name = dataset,i,n,column,f'shard {i} of the data set'
     def _rows(self): return self.dataset.shard(self.n, self.i)
     def count(self):
         "It has to be read for that"

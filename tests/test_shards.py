@@ -1,5 +1,5 @@
 "Archives, tables, folders and data sets: what is in them, in order, from any place on; and what damaged ones say"
-import gzip, io, json, os, pickle, tarfile, warnings
+import io, json, os, pickle, tarfile, warnings
 from pathlib import Path
 
 import numpy as np, pytest
