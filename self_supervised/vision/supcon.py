@@ -181,7 +181,7 @@ register_method('supcon', SupCon, SupConModel, create_supcon_model, get_supcon_a
     supcon_350ep   = dict(_base, about="Khosla et al. 2020; ImageNet, linear: 78.7 % top-1, with AutoAugment, for which SimCLR's colours stand in here.", bs=6144, epochs=350, opt='lars', lr=9.6, lr_start=0.,
                           warmup_epochs=12., wd=1e-3, blur_p=.5, blur_s=(.1,2.), unit_features=True, hidden_size=128, nlayers=1, reg_lambda=.1),
     supcon_cifar10 = dict(_base, about='Command of the PyTorch code of Khosla et al. 2020; CIFAR-10, linear: 96.0 %.', low_resolution=True, bs=1024, epochs=1000, opt='sgd', lr=.5, lr_start=.01, lr_final=5e-4,
-                          wd=1e-4, wd_bn_bias=True, size=32, resize_scale=(.2,1.), jitter_s=.5, blur=False, stats=((.4914,.4822,.4465),(.2023,.1994,.201)), hidden_size=2048, reg_lambda=1/.7),
+                          wd=1e-4, wd_bn_bias=True, size=32, resize_scale=(.2,1.), jitter_s=.5, blur=False, stats=([.4914,.4822,.4465],[.2023,.1994,.201]), hidden_size=2048, reg_lambda=1/.7),
     supcon_small   = dict(bs=128, epochs=12, opt='adam', lr_start=4e-4, lr=4e-3, lr_final=4e-6, warmup_epochs=1., mom=.9, wd=.01, precision='fp32', arch='test_resnet', low_resolution=True,
                           size=28, resize_scale=(.4,1.), jitter_s=.5, bw=False, blur=False, hidden_size=512, bn=True, temp=.1,
                           about='Ours, for Fashion-MNIST with all labels; not measured yet.')));
