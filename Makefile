@@ -47,8 +47,8 @@ notebooks: $(STAMP) ## run every notebook; none may fail or leave a file behind
 pytest: $(STAMP) ## the tests under tests/
 	$(PYTEST)
 
-test-kill: $(STAMP) ## kill training processes at 40 random moments and let them go on: one to three minutes, not part of test
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_checkpoint.py -m kill
+test-kill: $(STAMP) ## kill training processes at 45 random moments and let them go on: some ten minutes, not part of test
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_checkpoint.py tests/test_streams.py -m kill
 
 # The libraries of comparison are an extra. The parts are the files of benchmarks/ but measure.py.
 BENCH := views step methods monitor loader loss clusters checkpointing quality labels robust whole_images recipes

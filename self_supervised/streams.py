@@ -195,7 +195,8 @@ def _skip(self:ImageStream, bad, seen, why):
 
 @patch
 def _report(self:ImageStream, turn, bad, seen):
-    "What was skipped in a pass, if anything"
+    "What was skipped in a pass, if anything; raise if that was all"
+    if bad.total()==seen: raise ValueError(f'none of the {seen} images of a pass can be used ({_listed(bad)}): correct the source')
     if bad: warnings.warn(f'pass {turn+1} of the stream{f", process {rank()}" if world_size()>1 else ""}: {bad.total():,} of {seen:,} images were skipped: {_listed(bad)}')
 
 # %% ../nbs/18_streams.ipynb #f2b4cf74
@@ -242,6 +243,7 @@ def stream_dls(
     if len(sizes)!=len(shards): raise ValueError(f'sizes has {len(sizes)} numbers, and there are {len(shards)} shards: give one for each')
     n,procs = sum(sizes),max(world_size(), num_distrib())
     if not n: raise ValueError(f'there is no image in {shards[0].name}' + (f' or the {len(shards)-1} other shards' if shards[1:] else '') + ': correct the source')
+    if n<procs: raise ValueError(f'{n} images are too few for {procs} processes: each needs one at least')
     if steps is None and n<procs*bs: raise ValueError(f'bs={bs} is more than the {n} images there are{f" for {procs} processes" if procs>1 else ""}: pass bs={max(1, n//procs)} or less, or steps, the batches of an epoch')
     if len(shards)<procs: warn_once(f'{len(shards)} shards for {procs} processes: each has to read through images of others. {4*procs} shards or more are better, see write_shards')
     how    = dict(size=None if size is None else check_size(size), n_in=n_in, background=check_color(background), short_side=None if size else short_side)

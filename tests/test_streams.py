@@ -1,5 +1,5 @@
 "Streams of images: the batches that their order says, whatever cannot be used left out and counted, and those that would have followed after any interruption"
-import gc, io, itertools, shutil, time, warnings
+import gc, io, itertools, shutil, tarfile, time, warnings
 from functools import partial
 from random import Random
 
@@ -133,6 +133,10 @@ def test_too_much_is_bad(tmp_path):
     says,n = skipped(tmp_path, files, max_bad=.3)
     assert n==300 and 'skipped: 100 broken' in says[0]
 
+def test_all_are_bad(tmp_path):
+    write_tar(tmp_path/'a.tar', [(f'{i}.png', b'text %d' % i) for i in range(20)])
+    with pytest.raises(ValueError, match=r'none of the 20 images of a pass can be used \(20 broken\)'): take(stream_dls(tmp_path/'a.tar', **kw).train.dl, 1)
+
 def test_none_may_be_bad(folder):
     with pytest.raises(ValueError, match='cannot read the image'): take(stream_dls(folder, skip_bad=False, **kw).train.dl, 12)
 
@@ -253,6 +257,11 @@ def test_wrong(folder, kwargs, error, says):
 def test_labels_must_be_numbers(folder):
     with pytest.raises(TypeError, match='label_func gives .*a number.*vocab'): take(stream_dls(folder, label_func=lambda o: o.fields['cls'], **kw).train.dl, 1)
 
+def test_fewer_images_than_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, 'world_size', lambda: 8)
+    write_tar(tmp_path/'a.tar', [(f'{i}.png', png(i)) for i in range(5)])
+    with pytest.raises(ValueError, match='5 images are too few for 8 processes'): stream_dls(tmp_path/'a.tar', steps=3, **kw)
+
 def test_few_shards(folder, monkeypatch):
     monkeypatch.setattr(streams, 'world_size', lambda: 8)
     with pytest.warns(UserWarning, match='5 shards for 8 processes.*32 shards or more'): stream_dls(folder, **kw)
@@ -342,3 +351,48 @@ def test_two_processes_go_on_as_two_and_as_one(folder, tmp_path):
     names,_ = on_rank(tmp_path/'c', folder, 1, None, go=True)
     seen = [i for part,_ in before for b in part[:7] for i in b] + [i for b in names[7:] for i in b]
     assert sorted(seen[:95])==sorted(set(range(100))-set(bad))
+
+# ---- a long one
+
+def write_many(folder, shards, per):
+    "Noise of 12×12 pixels"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for j in range(shards):
+        with tarfile.open(folder/f'{j:03}.tar', 'w') as tar:
+            for i in range(per):
+                f = io.BytesIO()
+                Image.fromarray(rng.integers(0, 255, (12,12), dtype=np.uint8)).save(f, 'png', compress_level=0)
+                m = tarfile.TarInfo(f'{i}.png')
+                m.size = f.tell()
+                f.seek(0)
+                tar.addfile(m, f)
+
+def long_run(folder, shards):
+    "A pass of SimCLR in batches of 256, saved every 25 steps; what it ends with goes to a file"
+    set_seed(42)
+    folder.mkdir(exist_ok=True)
+    dls = stream_dls(shards, bs=256, n_in=1, min_side=12, num_workers=2, device='cpu')
+    enc = torch.nn.Sequential(torch.nn.Conv2d(1,8,3,stride=2), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    learn = methods.learner('simclr', dls, m=methods.model('simclr', enc=enc), cb=methods.callback('simclr', methods.augs('simclr', 8)), cbs=[Checkpoint(folder/'run', minutes=None, steps=25)], path=folder)
+    learn.resume(missing_ok=True)
+    quiet(learn, 1, 1e-3)
+    torch.save(learn.model.state_dict(), folder/'end.pt')
+
+@pytest.mark.kill
+@pytest.mark.timeout(3600)
+def test_two_hundred_thousand_images_and_five_kills(tmp_path):
+    "in 200 shards; the weights are those of the undisturbed run"
+    write_many(tmp_path/'shards', 200, 1000)
+    begin = time.monotonic()
+    with processes.start(long_run, tmp_path/'whole', tmp_path/'shards') as p: assert p.wait(1500)==0
+    seconds,rng,kills = time.monotonic()-begin,Random(0),0
+    while kills<5:
+        with processes.start(long_run, tmp_path/'killed', tmp_path/'shards') as p:
+            time.sleep(rng.uniform(.05, .18)*seconds)
+            assert p.poll() is None, 'it was done before it was killed: the machine is faster now'
+            p.kill()
+            kills += 1
+    with processes.start(long_run, tmp_path/'killed', tmp_path/'shards') as p: assert p.wait(1500)==0
+    a,b = (torch.load(tmp_path/o/'end.pt') for o in ('whole','killed'))
+    assert a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
