@@ -126,7 +126,7 @@ class Endless:
 
 def test_what_cannot_be_counted():
     torch_dl = torch.utils.data.DataLoader(pixels(), 4)
-    with pytest.raises(TypeError, match=r'dls.train is a torch.utils.data.dataloader.DataLoader, .*give the same dataset to fastai.data.load.DataLoader'): check_countable(torch_dl)
+    with pytest.raises(TypeError, match=r'dls.train is a torch.utils.data.dataloader.DataLoader, .*give a dataset with a length and an index to fastai.data.load.DataLoader'): check_countable(torch_dl)
     for dl in (DataLoader(iter(items()), bs=4), DataLoader(items(), bs=None), DataLoader(items(), bs=4, indexed=False), DataLoader(Endless(), bs=4)):
         with pytest.raises(ValueError, match='have no numbers .*needs a dataset with a length and an index, and a batch size'): check_countable(dl)
     with pytest.raises(ValueError, match='have no numbers'): check_countable(DistributedDL(TfmdDL(iter(items()), bs=4), 0, 2))
