@@ -372,7 +372,7 @@ def test_as_many_clusters_as_images():
 def test_wrong_loaders():
     "Before any work"
     def fit(dl): quiet(Learner(DataLoaders(dl, dl), bn_free(), loss_func=no_loss, cbs=[DeepCluster(views_2), Stop()]), 1)
-    with pytest.raises(TypeError, match='give the same dataset to fastai.data.load.DataLoader'): fit(torch.utils.data.DataLoader(images(), 6))
+    with pytest.raises(TypeError, match='give a dataset with a length and an index to fastai.data.load.DataLoader'): fit(torch.utils.data.DataLoader(images(), 6))
     with pytest.raises(ValueError, match='stream without a length'): fit(DataLoader(iter(images()), bs=6))
 
 def test_processes_with_loaders_of_their_own(monkeypatch):
