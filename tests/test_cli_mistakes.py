@@ -164,7 +164,7 @@ def test_flags_that_people_type(command, flag, says, say):
 def test_version_and_usage(command, say):
     assert say(command, '--version')==(0, f'self_supervised {__version__}\n', '')
     usage = say(command, *(['--nothing'] if command=='ssl_explore' else []))[2].splitlines()[0] # which would begin without a word
-    assert usage.startswith(f'usage: {command} ') and ('--recipe RECIPE' in usage)==(command=='ssl_pretrain') and ('--out OUT' in usage)==(command=='ssl_export')
+    assert usage.startswith(f'usage: {command} ') and ('--recipe RECIPE' in usage)==(command=='ssl_pretrain') and ('--out OUT' in usage)==(command in ('ssl_export','ssl_shards'))
 
 def test_hints_exist():
     "A hint names a flag of some command"

@@ -18,7 +18,7 @@ from self_supervised.diagnostics import CollapseMonitor, code_stats, effective_r
 from self_supervised.vision.simclr import SimCLR, create_simclr_model, get_simclr_aug_pipelines
 from self_supervised.vision.swav import SWAV, create_swav_model, get_swav_aug_pipelines
 
-from methods import augs, callback, images, learner, methods, model, quiet
+from methods import augs, callback, images, loaders, learner, methods, model, quiet
 from processes import on_ranks
 
 pytestmark = pytest.mark.slow
@@ -31,7 +31,7 @@ def told(learn, *args, **kwargs):
     return [str(o.message) for o in w if 'looks like a collapse' in str(o.message)]
 
 def monitored(name='swav', n=40, bs=8, cb=None, m=None, **kwargs):
-    return learner(name, tensor_dls(images(n), images(12), bs=bs, seed=0), m=m, cb=cb, cbs=[CollapseMonitor(**kwargs)])
+    return learner(name, loaders(name, images(n), images(12), bs=bs, seed=0), m=m, cb=cb, cbs=[CollapseMonitor(**kwargs)])
 
 
 # The quantities
@@ -112,19 +112,20 @@ def test_history(name, every):
     learn = monitored(name, every=every)
     quiet(learn, 3, cbs=(spy:=Spy()))
     h,gap = learn.collapse_monitor.history,min(every, 5)
+    chance = methods[name].callback.chance is not None or 'chance' in vars(ssl_callback(learn)) # of all its callbacks, or of this one
     assert h['step']==list(range(gap, 16, gap)) and {len(o) for o in h.values()}=={15//gap} and all(type(v) in (int,float) for o in h.values() for v in o)
     for i,t in enumerate(h['step']):
         now = spy.seen[t-1]
         z = F.normalize(now['z'], dim=1)
         s = np.linalg.svd(z.double().numpy(), compute_uv=False); p = s[s>0]/s.sum()
         want = {'loss-chance': np.mean([o['loss'] for o in spy.seen[t-gap:t]])-(now['chance'] or 0.), 'rank': math.exp(-(p*np.log(p)).sum()), 'std': z.std(0, correction=0).mean().item()*z.shape[1]**.5}
-        if methods[name].callback.chance is None: del want['loss-chance'] # a method without it
+        if not chance: del want['loss-chance'] # a method without it
         if now['codes'] is not None: want |= dict(zip(('mean_entropy','code_entropy'), np.mean([slow_entropies(o) for o in now['codes']], 0)))
         if now['queue'] is not None: want['queue'] = now['queue']
         for k,v in want.items(): assert h[k][i]==pytest.approx(v, rel=1e-3, abs=1e-5), k
     s = methods[name].callback
     assert ('protos' in h)==s.has_codes and ('queue' in h)==(s.queue is not None)
-    assert learn.recorder.metric_names==['epoch','train_loss','valid_loss',*(['loss-chance'] if s.chance is not None else []),*(['protos'] if s.has_codes else []),'std','rank','time'] and len(learn.metrics)==0
+    assert learn.recorder.metric_names==['epoch','train_loss','valid_loss',*(['loss-chance'] if chance else []),*(['protos'] if s.has_codes else []),'std','rank','time'] and len(learn.metrics)==0
     for nm,v in zip(learn.recorder.metric_names[3:-1], learn.recorder.values[-1][2:]): assert v==h[nm][-1]
 
 class Plain(SSLCallback):
@@ -196,7 +197,7 @@ def data(labelled):
     y = torch.arange(40)%3
     return tensor_dls(*((images(),y),(images(12),y[:12])) if labelled else (images(),images(12)), bs=8, seed=0)
 
-@pytest.mark.parametrize('name,labelled', [*((o,False) for o in methods), ('swav',True)])
+@pytest.mark.parametrize('name,labelled', [*((o,methods[o].callback.needs_labels) for o in methods), ('swav',True)])
 def test_bit_identical(name, labelled):
     "With batch norm, dropout and queue, warning or not"
     def _run(*cbs):
