@@ -42,8 +42,8 @@ class PackedImages(Tensor):
     @property
     def images(self) -> list: # of tensors (C,h,w)
         "Each image, a view of the pixels"
-        if self._images is None: self._images = [
-            o.view(*hw, self.channels).permute(2,0,1) for o,hw in zip(self.pixels.split([b-a for a,b in zip(self.starts, self.starts[1:])]), self.sizes.tolist())]
+        if self._images is None: self._images = [ # detached, or each view would hold on to the batch, which holds it, and neither would ever be freed
+            o.view(*hw, self.channels).permute(2,0,1) for o,hw in zip(self.pixels.detach().split([b-a for a,b in zip(self.starts, self.starts[1:])]), self.sizes.tolist())]
         return self._images
 
     def with_pixels(self,

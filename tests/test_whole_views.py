@@ -1,5 +1,5 @@
 """Views of images of their own sizes: boxes and pixels are those that torchvision draws in, and cuts from, each image by itself"""
-import pickle, warnings
+import gc, pickle, warnings, weakref
 from contextlib import nullcontext
 
 import pytest, torch
@@ -332,3 +332,15 @@ def test_steps_of_others():
     torch.testing.assert_close(seeded(pipe, x), 1-seeded(ViewPipeline([RandomCropResize(16)], split_idx=0), x), atol=tol, rtol=0)
     with pytest.raises(ValueError, match='put it after the crop'): ApplyTo(tvf.invert)(x)
     with pytest.raises(ValueError, match='needs images of one size'): ViewPipeline([RandomFlip(), RandomCropResize(16)], split_idx=0)(x)
+
+@pytest.mark.parametrize('use', [lambda x: x, lambda x: x.images, lambda x: x[0], lambda x: x[1:], lambda x: x.to(torch.float32), lambda x: x.clone(), lambda x: x.pixels, lambda x: pickle.dumps(x),
+                                 lambda x: make_views(get_swav_aug_pipelines((1,1), (16,8), (.3,.1), (1.,.3), stats=None), x)],
+                         ids=['made','images','one','some','to','clone','pixels','pickled','views'])
+def test_a_batch_is_freed(use):
+    "with what was taken from it: views of its pixels do not keep it"
+    x = pack_images([torch.randint(0, 256, (3,20+i,30), dtype=torch.uint8) for i in range(4)])
+    use(x)
+    gone = weakref.ref(x)
+    del x
+    gc.collect()
+    assert gone() is None
