@@ -238,6 +238,15 @@ def test_other_numbers_of_processes(folder, monkeypatch, plan, quietly):
     assert set(seen)==want
     assert min(counts.values())>=2 and max(counts.values())<=3 and sum(v==3 for v in counts.values())<=4*plan[-1][0] # two passes, and the last batches' share of the third
 
+def test_a_process_that_is_ahead(folder):
+    "in the next pass already: of the last one it has taken all"
+    order = StreamOrder([13,0,37,1,49], 3, 16, 2)
+    state = stream_dls(folder, **kw).train.dl.joined([dict(turn=1, at=3, done={}, bad={}, seen=3), dict(turn=0, at=20, done={}, bad={}, seen=20)])
+    taken = [order(0, 0, 2), order(0, 1, 2)[:20], *(order(0, r, 3, state['done'][0]) for r in range(3))]
+    assert (state['turn'],state['at'])==(0,0) and sorted(np.concatenate(taken).tolist())==list(range(100))
+    taken = [order(1, 0, 2)[:3], *(order(1, r, 3, state['done'][1]) for r in range(3))]
+    assert sorted(np.concatenate(taken).tolist())==list(range(100))
+
 def test_memory(tmp_path):
     "two blocks and some batches are held, however long the stream is"
     shard,most = Flaky(16*20, 0, 0),0
@@ -349,6 +358,7 @@ def test_two_processes_go_on_as_two_and_as_one(folder, tmp_path):
         assert again[7:]==names[7:] # the first are those of the first process, from the checkpoint
         for k in weights: assert torch.equal(weights[k], same[k])
     names,_ = on_rank(tmp_path/'c', folder, 1, None, go=True)
+    assert len(names)==24 # an epoch has its 12 batches all the same
     seen = [i for part,_ in before for b in part[:7] for i in b] + [i for b in names[7:] for i in b]
     assert sorted(seen[:95])==sorted(set(range(100))-set(bad))
 
