@@ -238,9 +238,10 @@ def image_sources(
 def is_sharded(
     words:list, # as written on the command line
 ) -> bool: # False: folders of images, image files and lists of them
-    "Do they name archives, tables or addresses, or folders that hold some?"
+    "Do they name archives, tables or addresses, or folders that hold some, and no images?"
     ends = '.tar','.tar.gz','.tgz','.parquet'
-    def _any(o): return '://' in o or o.lower().endswith(ends) or os.path.isdir(o) and any(f.lower().endswith(ends) for f in os.listdir(o))
+    def _holds(o): return any(f.lower().endswith(ends) for f in os.listdir(o)) and not any(is_image(f) for _,_,fs in os.walk(o) for f in fs) # a table beside images tells of them
+    def _any(o): return '://' in o or o.lower().endswith(ends) or os.path.isdir(o) and _holds(o)
     return any(_any(os.path.expanduser(o)) for o in map(str, words))
 
 def labelled_folders(

@@ -37,9 +37,10 @@ def ssl_shards(
 # %% ../nbs/71_cli_shards.ipynb #c0a997c2
 def _label_of(sample):
     "The number in the field cls or label of an image of a shard"
-    for k in ('cls','label'):
-        if (v := sample.fields.get(k)) is not None: return int(v)
-    raise ValueError(f'the recipe learns from labels, and {sample.name} has none, as a number in a field cls or label: write shards with ssl_shards --labels, or take a recipe without labels')
+    v = next((v for k in ('cls','label') if (v := sample.fields.get(k)) is not None), None)
+    try: return int(v)
+    except (TypeError,ValueError): raise ValueError(
+        f'the recipe learns from labels, and {sample.name} has {"none" if v is None else repr(v)}, where a number in a field cls or label is needed: write shards with ssl_shards --labels, or take a recipe without labels') from None
 
 def streamed(
     recipe, # `Recipe`

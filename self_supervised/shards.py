@@ -183,6 +183,8 @@ def open_shards(
     path = os.path.expanduser(source)
     if os.path.isdir(path):
         found = sorted(os.path.join(path, o.name) for o in os.scandir(path) if _kind(o.name))
+        if found and (image := next((os.path.join(d, o) for d,_,names in os.walk(path) for o in names if os.path.splitext(o)[1].lower() in picture_extensions), None)): raise ValueError(
+            f'{path} holds shards, such as {found[0]}, and images, such as {image}: name those that are meant, by a pattern or a folder of their own')
         return [_kind(o)(o) for o in found] if found else _of_files(list_images(path), path)
     names = _spread(path)
     if '://' not in path: names = [o for n in names for o in (sorted(glob.glob(n)) if glob.has_magic(n) and not os.path.exists(n) else [n])]

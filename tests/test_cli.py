@@ -15,6 +15,7 @@ from self_supervised.cli_command import ask_package, flags_file, parse as parse_
 from self_supervised.cli_judge import cut_sizes, labelled_dls, open_encoder
 from self_supervised.pretrained import create_official_model
 from self_supervised.recipes import get_recipe, recipes, setting_info
+from self_supervised.shards import write_shards
 from self_supervised.vision.supcon import SupCon
 
 n_images = 2048
@@ -429,6 +430,14 @@ def test_classes_are_folders(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='supcon_small learns from labels, and all images lie in one folder, ant'): cli.ssl_pretrain(tmp_path/'photos/ant', 'supcon_small', out=tmp_path/'other', **ks)
     quick(tmp_path/'photos', tmp_path/'third')
     assert 'classes' not in json.loads((tmp_path/'third/settings.json').read_text())['data']
+
+@pytest.mark.parametrize('label, says', [(None, 'has none'), (lambda o: o.parent.name, "has b'cat'")])
+def test_shards_without_numbers(tmp_path, label, says):
+    "for a recipe that learns from labels"
+    few(tmp_path/'photos'/'cat', n=8)
+    write_shards(tmp_path/'photos', tmp_path/'shards', label_func=label)
+    with pytest.raises(ValueError, match=f'{says}, where a number in a field cls or label is needed: write shards with ssl_shards --labels'):
+        cli.ssl_pretrain(tmp_path/'shards', 'supcon_small', out=tmp_path/'run', n_in=1, arch='test_mambaout', low_resolution=False, hidden_size=16, bs=8, warmup_epochs=0., epochs=1)
 
 def held(folder):
     "What is in the files; the header of an encoder has no order"

@@ -147,6 +147,13 @@ def test_folders_and_lists(tmp_path):
     fns[3].unlink()
     assert [o.image for o in shard.samples(2)]==[png(2), None, png(4)]
 
+def test_shards_among_images(tmp_path):
+    "a table beside photographs tells of them, and holds none"
+    (tmp_path/'photos').mkdir()
+    (tmp_path/'photos/0.png').write_bytes(png(0))
+    write_tar(tmp_path/'more.tar', files(1))
+    with pytest.raises(ValueError, match='holds shards, such as .*more.tar, and images, such as .*0.png: name those that are meant'): open_shards(tmp_path)
+
 def test_patterns(tmp_path, monkeypatch):
     for i in (8,9,10,11): write_tar(tmp_path/f's-{i:03}.tar', files(1))
     def names(o): return [Path(s.name).name for s in open_shards(o)]
