@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['normalization_of', 'without_normalization', 'image_ids', 'in_order', 'n_items', 'first_batch', 'class_names',
-           'crop_size', 'check_finite_rows', 'extract_features']
+           'crop_size', 'extract_features']
 
 # %% ../nbs/50_features.ipynb #c4df93ab
 import math, operator
@@ -28,7 +28,7 @@ from fastai.distributed import DistributedDL
 from fastai.learner import Learner
 from fastai.torch_core import no_random
 
-from .basics import check_size, not_finite
+from .basics import check_finite_rows, check_size, not_finite
 from .batches import images_labels
 from .core import encoder_of, ssl_callback
 from .packed import PackedImages
@@ -172,15 +172,6 @@ def crop_size(
     return max((tuple(v.shape[2:]) for v in views), key=math.prod)
 
 # %% ../nbs/50_features.ipynb #81137591
-def check_finite_rows(
-    x:Tensor, # (N,…) features
-    what:str, # what to call them in an error
-    why:callable=str, # gives the reason, if it is known
-):
-    "Raise if there are NaN or infinite values in `x`"
-    if bad := sum((~o.flatten(1).isfinite().all(1)).sum().item() for o in x.split(4096)):
-        raise FloatingPointError(f'{bad} of {len(x)} rows of {what} hold NaN or infinite values{why()}')
-
 @torch.no_grad()
 def extract_features(
     encoder:nn.Module|Learner, # images (B,C,H,W) → features (B,F); of a Learner or the model of a method, its encoder

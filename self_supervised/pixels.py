@@ -127,11 +127,12 @@ def crop_resize(
 def center_crop(
     x:Tensor, # (B,C,H,W) images, uint8 or float in [0,1]; or `PackedImages`
     size:int|tuple, # of the result: pixels of the side, or (h,w)
+    part:float=7/8, # sides of what is cut out, as a part of the largest box (224 of 256 pixels)
 ) -> Tensor: # (B,C,h,w) float in [0,1]
-    "The middle of each image, 7/8 of the largest box of the shape of `size`: how images are seen when an encoder is judged"
+    "The middle of each image, a part of the largest box of the shape of `size`: how images are seen when an encoder is judged"
     size  = check_size(size)
     sizes = x.sizes if isinstance(x, PackedImages) else torch.tensor([x.shape[2:]]).expand(len(x), 2)
-    part  = (sizes.double()/torch.tensor(size)).amin(1, keepdim=True)*torch.tensor(size)*7/8
+    part  = (sizes.double()/torch.tensor(size)).amin(1, keepdim=True)*torch.tensor(size)*part
     part  = part.round().long().clamp(min=1)
     return crop_resize(x, torch.cat([(sizes-part)//2, part], 1), size)
 

@@ -19,9 +19,10 @@ from fastcore.xtras import is_listy
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 
-from .basics import warn_once
+from .basics import check_finite_rows, warn_once
 from .core import encoder_of
-from .features import check_finite_rows, class_names, extract_features, image_ids, images_labels, in_order
+from .features import class_names, extract_features, image_ids, images_labels, in_order
+from .neighbors import nearest
 from .results import Result, average_precision, r_squared, result_of, result_of_columns, top_hits
 
 # %% ../nbs/51_probes.ipynb #dd4e02cc
@@ -164,17 +165,9 @@ def knn(
     several,found = label_kind(y)=='multi-label',[]
     if not several: y,yt,classes = number_classes(y, yt)
     y = y.to(device)
-    def unit(o): return F.normalize(o.to(device, torch.promote_types(o.dtype, torch.float32)), dim=1)
     for i in range(0, len(xt), chunk):
-        q    = unit(xt[i:i+chunk])
-        sims = q.new_empty(len(q), 0)
-        near = sims.long() # numbers of the nearest so far
-        for j in range(0, len(x), chunk):
-            s = q@unit(x[j:j+chunk]).T
-            if i==j and not rest: s.fill_diagonal_(-torch.inf)
-            s,ids     = s.topk(min(k, s.shape[1]))
-            sims,best = torch.cat([sims, s], 1).topk(min(k, sims.shape[1]+s.shape[1]))
-            near      = torch.cat([near, ids+j], 1).gather(1, best)
+        q = xt[i:i+chunk]
+        sims,near = nearest(x, q, k, None if rest else torch.arange(i, i+len(q)), chunk, device)
         w = ((sims-sims[:,:1])/temp).exp() # the largest weight is 1
         if several: found.append(sum(w[:,[n]]*y[near[:,n]] for n in range(k))/sum(w[:,[n]] for n in range(k))) # both in one order: where all have a class it is 1
         else: found.append(top_hits(w.new_zeros(len(q), len(classes)).scatter_add_(1, y[near], w), yt[i:i+chunk].to(device)))

@@ -18,11 +18,22 @@ from fastcore.parallel import parallel
 from .image_files import list_images, picture_extensions
 
 # %% ../nbs/17_shards.ipynb #71775a46
+class _Picture(io.BytesIO):
+    "The bytes of a picture as a file, which messages call by its name"
+    def __init__(self, image, name):
+        super().__init__(image)
+        self.said = name
+    def __str__(self): return self.said
+
 class Sample(NamedTuple):
     "One image of a shard, not decoded"
     name:str     # what it is called, for messages
     image:bytes  # a picture as a file holds it; None: there is none
     fields:dict  # what else belongs to it, name → bytes, number or text
+
+    def open(self): # a file, for `open_image`
+        "The picture, as an open file"
+        return _Picture(self.image, self.name)
 
 def _open(path): return fsspec.open(str(path), 'rb').open() if '://' in str(path) else open(path, 'rb')
 

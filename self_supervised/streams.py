@@ -6,7 +6,7 @@
 __all__ = ['ImageStream', 'stream_dls']
 
 # %% ../nbs/18_streams.ipynb #42c95139
-import io, time, warnings
+import time, warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -70,13 +70,6 @@ class _Reader:
         return res
 
 # %% ../nbs/18_streams.ipynb #aa373ff4
-class _File(io.BytesIO):
-    "The bytes of a picture, which messages call by its name"
-    def __init__(self, sample):
-        super().__init__(sample.image)
-        self.said = sample.name
-    def __str__(self): return self.said
-
 class ImageStream:
     "Batches of the images of shards, pass after pass"
     drop_last = True # all have `bs` images
@@ -138,7 +131,7 @@ class ImageStream:
         "The image, with its label; or why there is none"
         if sample is None: return 'the same bytes as the one before'
         if sample.image is None: return f'no picture in {sample.name}'
-        f = _File(sample)
+        f = sample.open()
         try:
             if min(hw := image_size(f, self.n_in))<self.min_side: return f'tiny: {sample.name} has {hw[0]}×{hw[1]} pixels'
             x = self.decode(f)
