@@ -69,7 +69,8 @@ class _Files:
         self.sizes = shard_sizes(self.shards)
         self.n     = sum(self.sizes)
         self.files = all(isinstance(o, FileShard) for o in self.shards)
-        self.root  = os.path.abspath(os.path.expanduser(source)) if self.files and isinstance(source, (str,os.PathLike)) else ''
+        self.root  = '' if not self.files else os.path.abspath(os.path.expanduser(source)) if isinstance(source, (str,os.PathLike)) else \
+                     os.path.commonpath([os.path.dirname(os.path.abspath(f)) for o in self.shards for f in o.files])
         self.label = label_func or _label_of
         if self.files: how = {**how, **common_depth([f for o in self.shards for f in o.files], n_in, how.pop('max_value', None))}
         self.open  = partial(open_image, size=None, n_in=n_in, short_side=short_side, **how)
@@ -77,8 +78,7 @@ class _Files:
     def mark(self): return crc32('\n'.join(f'{o.name} {n}' + ''.join(map(str, getattr(o, 'files', ()))) for o,n in zip(self.shards, self.sizes)).encode(errors='surrogateescape'))
 
     def _path(self, sample):
-        if not self.files: return sample.name
-        return os.path.relpath(os.path.abspath(sample.name), self.root) if self.root else os.path.abspath(sample.name)
+        return os.path.relpath(os.path.abspath(sample.name), self.root) if self.files else sample.name
 
     def _item(self, sample):
         path = self._path(sample)
@@ -86,7 +86,7 @@ class _Files:
         try:
             h,w = image_size(sample.open(), self.n_in)
             x = self.open(sample.open()).as_subclass(Tensor)
-        except ImageFileError as e: return _Item(path, why=str(e).removeprefix(f'{sample.name}: '))
+        except ImageFileError as e: return _Item(path, why=str(e).removeprefix(f'cannot read the image {sample.name} (').removeprefix(f'{sample.name}: ').partition('): ')[0])
         if (h-w)*(x.shape[1]-x.shape[2])<0: h,w = w,h # the file says that it lies on its side
         label = self.label(Path(sample.name) if self.files else sample)
         return _Item(path, None if label is None else str(label), x, (h,w), _thumbnail(x, self.thumbnail))
@@ -241,6 +241,7 @@ def embed(
     num_workers:int=None, # threads that decode; None: one a core, at most 8
     max_value:float=None, # value of white in files of more than 8 bits; None: looked at in a sample; of shards such files are not used
     background:str|tuple='white', # colour behind transparent pixels
+    name:str=None, # what the table calls the encoder; None: its path, its name or its class
     progress:bool=False, # print a line for each part
     overwrite:bool=False, # replace `out` if it is there
 ) -> Path: # `out`
@@ -250,7 +251,7 @@ def embed(
         if isinstance(v, bool) or not isinstance(v, int) or v<least: raise ValueError(f'{nm}={v!r} must be a whole number, {least} or more')
     out = Path(out).expanduser()
     if out.exists() and not overwrite: raise ValueError(f'out={str(out)!r} is there already: pass overwrite=True, or another name')
-    model,name,size,stats = _opened(encoder, size, stats)
+    model,said,size,stats = _opened(encoder, size, stats)
     norm,inner = normalization_of(model, stats),encoder_of(model)
     if hasattr(source, 'dataset') or hasattr(source, 'one_batch'): items,crop,cut = _Loader(source, norm, thumbnail),_together,dict(size=size)
     else:
@@ -275,7 +276,7 @@ def embed(
             done += 1
     made = getattr(unwrapped(inner), 'made_with', None)
     n    = done*part+len(rows)+len(bad)
-    bad  = _join(parts, out, dict(model=name, architecture=made['arch'] if made else type(inner).__name__, **looks, root=items.root, self_supervised=__version__, time=time.strftime('%Y-%m-%d %H:%M:%S')))
+    bad  = _join(parts, out, dict(model=name or said, architecture=made['arch'] if made else type(inner).__name__, **looks, root=items.root, self_supervised=__version__, time=time.strftime('%Y-%m-%d %H:%M:%S')))
     shutil.rmtree(parts)
     _list_bad(out, bad, n)
     return out
