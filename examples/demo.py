@@ -96,7 +96,7 @@ def sheet(x, nrow): return make_grid(F.pad(x, [(28-x.shape[-1])//2]*4, value=1),
 
 def plot_overview(learn, x, dl):
     "The picture of the home page: images `x`, their views, and a map of those of `dl`, in the colours of labels that the encoder never saw"
-    fig,axes = plt.subplots(1, 3, figsize=(8.1,2.25), width_ratios=(5,6.5,9), layout='constrained')
+    fig,axes = plt.subplots(1, 3, figsize=(8.1,2.25), width_ratios=(152,192,280), layout='constrained')
     x = x.float()/255
     axes[0].imshow(sheet(x[:25], 5), cmap='gray', vmin=0, vmax=1)
     axes[1].imshow(torch.cat([sheet(o, 1) for o in make_views(view_pipelines(), x[:25:5])], 1), cmap='gray', vmin=0, vmax=1)

@@ -253,7 +253,7 @@ def test_front(browser, served):
 
 def test_formulas_fit(browser, site, served):
     "No formula has a bar to scroll where there is room; on a phone all of a wide one can be reached, sideways"
-    pages = [f.name for f in site.glob('*.html') if 'class="math"' in f.read_text(encoding='utf-8')]
+    pages = [f.name for f in sorted(site.glob('*.html')) if 'class="math"' in f.read_text(encoding='utf-8')]
     assert len(pages)>20
     sizes = "[...document.querySelectorAll('.math')].map(o => [o.scrollWidth-o.clientWidth, o.scrollHeight-o.clientHeight])"
     ends  = "[...document.querySelectorAll('.math')].map(o => {o.scrollLeft = 1e6; const b = o.getBoundingClientRect(), m = [...o.children].map(c => c.getBoundingClientRect()), l = o.scrollLeft; return [Math.max(...m.map(c => c.right))-b.right, b.left-Math.min(...m.map(c => c.left))-l]})"
