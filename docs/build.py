@@ -3,18 +3,23 @@
 Notebooks become Markdown, their exported cells entries of the API; Material for MkDocs makes pages of it. What would be wrong on the
 site ends the build: a module that cannot be imported, a directive left over, a dead link or anchor, a missing picture or one without a
 description, a page outside the navigation, anything that a browser would fetch from elsewhere."""
-import ast, base64, html, inspect, json, logging, os, posixpath, re, shutil, sys, tempfile, textwrap
+import ast, base64, html, inspect, json, logging, math, os, posixpath, re, shutil, sys, tempfile, textwrap
+from dataclasses import MISSING, fields, is_dataclass
+from enum import Enum
+from fractions import Fraction
+from functools import partial
 from html.parser import HTMLParser
 from importlib import import_module
 from inspect import Parameter
 from operator import attrgetter
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import UnionType
 from typing import get_args
 
 os.environ.setdefault('NO_MKDOCS_2_WARNING', '1')
 from fastai._modidx import d as fastai_index
 from fastai.callback.core import event
+from fastai.vision.core import imagenet_stats
 from fastcore.docments import ann_parts, docments, empty
 from fastcore.foundation import L
 from latex2mathml.converter import convert
@@ -48,12 +53,36 @@ def _fence(s, lang='text'):
 
 # ---- the API
 
-def _default(p): return '' if p.default is empty else f"{getattr(p.default, '__name__', repr(p.default))}"
+def _fraction(v):
+    "The float `v` as the simplest fraction with a denominator of at most 100, or None"
+    return f if math.isfinite(v) and abs((f := Fraction(v).limit_denominator(100))-v)<=1e-12*abs(v) else None
+
+def _is_long(v): return type(v) is float and len(re.sub(r'e.*|^-?0\.0*|\D', '', repr(v)))>6
+
+def literal(v, fraction=False):
+    "The value `v` as people write it: 4/3, 1e-6, 10_000, imagenet_stats, the name of a function, a class or a member of an enum; with `fraction` 0.75 is 3/4"
+    if v is imagenet_stats: return 'imagenet_stats'
+    if isinstance(v, Enum): return f'{type(v).__name__}.{v.name}'
+    if isinstance(v, PurePath): return f'Path({str(v)!r})'
+    if isinstance(v, partial): return f"partial({', '.join([literal(v.func), *map(literal, v.args), *(f'{k}={literal(o)}' for k,o in v.keywords.items())])})"
+    if type(v) in (list, tuple, set) and v:
+        a,b = {list:'[]', tuple:('(', ',)' if len(v)==1 else ')'), set:'{}'}[type(v)]
+        return a + ', '.join(literal(o, any(_is_long(o) and _fraction(o) for o in v)) for o in v) + b
+    if type(v) is dict: return '{' + ', '.join(f'{literal(k)}: {literal(o)}' for k,o in v.items()) + '}'
+    if type(v) is float: return str(f) if (fraction or _is_long(v)) and (f := _fraction(v)) is not None else re.sub(r'e(-?)\+?0*', r'e\1', repr(v))
+    if type(v) is int and abs(v)>=10_000: return f'{v:_}'
+    res = getattr(v, '__name__', repr(v))
+    if '<' in res and not isinstance(v, str): raise BuildError(f'the default {res} tells a reader nothing: give it a name')
+    return res
+
+def _default(p): return '' if p.default is empty else literal(p.default)
 
 def _docments(obj):
     "Parameters of `obj` but for `self`, and what it returns; a class that is made as another library's base class has none to speak of"
     if inspect.isclass(obj) and not next(c for c in obj.__mro__ if '__init__' in vars(c)).__module__.startswith(pkg): return {},None
     d = docments(obj, full=True, args_kwargs=True)
+    for o in fields(obj) if is_dataclass(obj) else ():
+        if o.default_factory is not MISSING: d[o.name].default = o.default_factory()
     return {k:v for k,v in d.items() if k not in ('self','return')},d.get('return')
 
 def signature(nm, obj):
@@ -224,12 +253,20 @@ def pages():
         elif page not in res: imgs[page] = (root/file).read_bytes()
     return res,imgs
 
+def formula_parts(tex):
+    r"Parts of a formula that may stand below each other where a line is too short for all: \qquad, or the end of a line, is between them"
+    res,pairs = [''],[(r'(?<!\\)\{', r'(?<!\\)\}'), (r'\\left(?![a-z])', r'\\right(?![a-z])'), (r'\\begin', r'\\end')]
+    for o in re.split(r'\\qquad|\n', tex):
+        if any(len(re.findall(a, res[-1]))!=len(re.findall(b, res[-1])) for a,b in pairs): res[-1] += rf'\qquad {o}'
+        else: res.append(o)
+    return [o for o in res if o.strip()]
+
 def mathml(doc):
     "Formulas as MathML, which browsers show with no script or font to fetch"
     def _f(m):
-        block = m[1]=='['
-        res = convert(html.unescape(m[2]), display='block' if block else 'inline')
-        return f'<div class="math">{res}</div>' if block else res
+        tex = html.unescape(m[2])
+        if m[1]=='(': return convert(tex)
+        return '<div class="math">' + ''.join(convert(o, display='block') for o in formula_parts(tex)) + '</div>'
     return re.sub(r'<(?:span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</(?:span|div)>', _f, doc, flags=re.S)
 
 class _Page(HTMLParser):

@@ -11,6 +11,8 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 from fastai.vision.all import *
+from sklearn.manifold import TSNE
+from torchvision.utils import make_grid
 
 from self_supervised.all import *
 
@@ -90,6 +92,29 @@ def plot_features(learn, dl):
     ax.set_title('Test images by their SwAV features (t-SNE); the colours are labels the encoder never saw', fontsize=10)
     save(ax.figure, 'map.png')
 
+def sheet(x, nrow): return make_grid(F.pad(x, [(28-x.shape[-1])//2]*4, value=1), nrow, padding=2, pad_value=1)[0]
+
+def plot_overview(learn, x, dl):
+    "The picture of the home page: images `x`, their views, and a map of those of `dl`, in the colours of labels that the encoder never saw"
+    fig,axes = plt.subplots(1, 3, figsize=(8.1,2.25), width_ratios=(152,192,280), layout='constrained')
+    x = x.float()/255
+    axes[0].imshow(sheet(x[:25], 5), cmap='gray', vmin=0, vmax=1)
+    axes[1].imshow(torch.cat([sheet(o, 1) for o in make_views(view_pipelines(), x[:25:5])], 1), cmap='gray', vmin=0, vmax=1)
+    feats,y = extract_features(learn, dl)
+    xy = TSNE(init='pca', random_state=0).fit_transform(F.normalize(feats, dim=1))
+    xy,kept,half = (xy-xy.min(0))/np.ptp(xy, axis=0),[],np.array((.022,.05))
+    for i,p in enumerate(xy): # silhouettes, of which each has room
+        if any((abs(p-xy[j])<1.4*half).all() for j in kept): continue
+        kept.append(i)
+        im = np.asarray(dl.dataset[i][0]).squeeze()/255
+        (l,b),(r,t) = p-half,p+half
+        axes[2].imshow(np.dstack([np.broadcast_to(plt.get_cmap('tab10')(int(y[i]))[:3], (*im.shape,3)), im**.5]), extent=(l,r,b,t), aspect='auto')
+    axes[2].set(xlim=(-.03,1.03), ylim=(-.06,1.06))
+    for ax,title in zip(axes, ('images without labels', 'views of each belong together', 'what the model makes of them')):
+        ax.set_title(title, fontsize=10)
+        ax.axis('off')
+    save(fig, 'overview.png')
+
 def features_of_saved_encoder():
     "In a fresh process: load the encoder and write its test features"
     encoder = load_encoder(out/'encoder.safetensors', small_encoder())
@@ -116,6 +141,7 @@ def main():
     dls = tensor_dls(train, test, bs=500, vocab=fashion_mnist_classes, drop_last=False)
     plot_prototypes(learn, dls.train)
     plot_features(learn, dls.valid)
+    plot_overview(learn, train[0], dls.valid)
 
     learn.export_encoder(out/'encoder.safetensors')
     subprocess.run([sys.executable, __file__, 'features'], check=True)

@@ -27,6 +27,6 @@ def test_demo(project, tmp_path, monkeypatch, capsys):
     rows = (tmp_path/'demo'/'table.md').read_text().splitlines()
     assert [r.split('|')[1].strip() for r in rows[2:]]==['random encoder', 'SwAV, no labels', 'from scratch on the labels']
     assert all(0<float(c.split('±')[0])<100 for r in rows[2:] for c in r.split('|')[2:5])
-    assert {o.name for o in (tmp_path/'demo').iterdir()} >= {'views.png', 'loss.png', 'monitor.png', 'prototypes.png', 'map.png', 'encoder.safetensors'}
+    assert {o.name for o in (tmp_path/'demo').iterdir()} >= {'views.png', 'loss.png', 'monitor.png', 'prototypes.png', 'map.png', 'overview.png', 'encoder.safetensors'}
     assert not (tmp_path/'demo'/'checkpoints').exists()
     assert 'SwAV, no labels' in capsys.readouterr().out

@@ -1,12 +1,16 @@
 "The web site: what would be wrong on it ends its build, its pages say what the code says, and a browser is content with each of them"
-import functools, http.server, importlib, json, re, shutil, threading
+import enum, functools, http.server, importlib, json, math, re, shutil, threading
 from html.parser import HTMLParser
 
-import pytest, yaml
+import pytest, torch, yaml
+from fastai.vision.core import imagenet_stats
 from fastcore.docments import docments
 from browser import browser, new_page # noqa: F401 (a fixture)
 from conftest import root
 from test_sync import dotted, modules, public
+
+from self_supervised import cli
+from self_supervised.cli_command import parse
 
 spec  = importlib.util.spec_from_file_location('build', root/'docs/build.py')
 build = importlib.util.module_from_spec(spec)
@@ -94,6 +98,53 @@ def test_source_links(site):
 def test_formulas(site):
     html = (site/'vision.swav.html').read_text(encoding='utf-8')
     assert '<math' in html and 'arithmatex' not in html
+
+@pytest.mark.parametrize('tex,parts', [
+    (r'a = b', ['a=b']),
+    (r'a, \qquad b', ['a,', 'b']),
+    (r'a \qquad\qquad b', ['a', 'b']),
+    ('\na\n+ b\n', ['a', '+b']),
+    (r'\text{a \qquad b}', [r'\text{a\qquadb}']),
+    (r'\{ a \qquad b', [r'\{a', 'b']),
+    (r'\left( a \qquad b\right) \leftarrow c \qquad d', [r'\left(a\qquadb\right)\leftarrowc', 'd']),
+    (r'\begin{aligned} a \qquad b \end{aligned}', [r'\begin{aligned}a\qquadb\end{aligned}']),
+])
+def test_formula_parts(tex, parts):
+    "Below each other go what stands side by side, never halves of a bracket"
+    assert [re.sub(r'\s', '', o) for o in build.formula_parts(tex)]==parts
+
+class Colour(enum.Enum): red = 1
+
+@pytest.mark.parametrize('v,s', [
+    (3/4, '0.75'), (4/3, '4/3'), (-2/3, '-2/3'), (1/97, '1/97'), (.08, '0.08'), (.123456, '0.123456'), (0., '0.0'), (1e-5, '1e-5'), (1.5e-8, '1.5e-8'), (1e16, '1e16'), (math.inf, 'inf'),
+    (math.pi, '3.141592653589793'), (1/101, repr(1/101)), # no simple fraction: as it is
+    ((3/4, 4/3), '(3/4, 4/3)'), ([0., 1/3, 1], '[0, 1/3, 1]'), ((.08, 1.), '(0.08, 1.0)'), ((1/3, 1e-6), '(1/3, 1e-6)'), ((1,), '(1,)'), ((), '()'), ({'a':1/3}, "{'a': 1/3}"), (((3/4, 4/3), .75), '((3/4, 4/3), 0.75)'),
+    (9999, '9999'), (1281167, '1_281_167'), (True, 'True'), (None, 'None'), ('<a>', "'<a>'"),
+    (imagenet_stats, 'imagenet_stats'), (Colour.red, 'Colour.red'), (torch.nn.ReLU, 'ReLU'), (shutil.copy, 'copy'), (functools.partial(shutil.copy, follow_symlinks=False), 'partial(copy, follow_symlinks=False)'), (root.relative_to(root)/'a', "Path('a')"), (torch.float32, 'torch.float32'),
+], ids=repr)
+def test_literal(v, s): assert build.literal(v)==s
+
+@pytest.mark.parametrize('v', [object(), lambda: 0, [lambda: 0]], ids=['object','lambda','in a list'])
+def test_no_literal(v):
+    with pytest.raises(build.BuildError, match='give it a name'): build.literal(v)
+
+def test_defaults():
+    "Those of all signatures are as people write them, and are what the code has"
+    seen = 0
+    for m in modules(root):
+        for nm,o in public(dotted(root, m)).items():
+            for k,p in build._docments(o)[0].items():
+                s,v = build._default(p),p.default
+                assert not re.search(r'\d{7}|\de[+-]?0|<', s), (m, nm, k, s)
+                if type(v) in (int, float, tuple, list):
+                    seen += 1
+                    assert str(eval(s, {**vars(torch), 'imagenet_stats':imagenet_stats}))==str(v), (m, nm, k, s)
+    assert seen>500
+
+@pytest.mark.parametrize('nm', cli.__all__)
+def test_defaults_of_commands(nm, capsys):
+    with pytest.raises(SystemExit): parse(getattr(cli, nm), ['--help'])
+    assert not re.search(r'\d{7}|\de[+-]?0|<\w+ ', said := capsys.readouterr().out), said
 
 def test_readme(): assert (root/'README.md').read_text(encoding='utf-8')==build.readme(), 'README.md is made from nbs/index.ipynb: run make export'
 
@@ -190,6 +241,29 @@ def test_pages(browser, served, pages):
             assert p.evaluate('document.documentElement.scrollWidth')<=390, page
             index = sum(v for k,v in sizes.items() if k.endswith('search_index.json')) # which the browser fetches after the page
             assert 1e5<sum(sizes.values())-index<7e5 and 0<index<7e5, (page, sizes)
+
+def test_front(browser, served):
+    "What it is, a picture, the lines for one's own images and the two commands are seen at once"
+    with new_page(browser, served+'/index.html') as p:
+        parts = [p.locator(f'article > {o}').first for o in ('h1', 'p', 'p:has(img)', '.highlight', 'p:has-text("make demo")')]
+        boxes = [o.bounding_box() for o in parts]
+        assert 'learn.export_encoder' in parts[3].inner_text() and 'make test' in parts[4].inner_text()
+    ends = [o['y']+o['height'] for o in boxes]
+    assert all(a<=b['y'] for a,b in zip(ends, boxes[1:])) and ends[-1]<=900, boxes
+
+def test_formulas_fit(browser, site, served):
+    "No formula has a bar to scroll where there is room; on a phone all of a wide one can be reached, sideways"
+    pages = [f.name for f in sorted(site.glob('*.html')) if 'class="math"' in f.read_text(encoding='utf-8')]
+    assert len(pages)>20
+    sizes = "[...document.querySelectorAll('.math')].map(o => [o.scrollWidth-o.clientWidth, o.scrollHeight-o.clientHeight])"
+    ends  = "[...document.querySelectorAll('.math')].map(o => {o.scrollLeft = 1e6; const b = o.getBoundingClientRect(), m = [...o.children].map(c => c.getBoundingClientRect()), l = o.scrollLeft; return [Math.max(...m.map(c => c.right))-b.right, b.left-Math.min(...m.map(c => c.left))-l]})"
+    with new_page(browser) as p:
+        for page in pages:
+            p.set_viewport_size(dict(width=1400, height=900))
+            p.goto(f'{served}/{page}')
+            assert not [o for o in p.evaluate(sizes) if max(o)>0], page
+            p.set_viewport_size(dict(width=390, height=844))
+            assert not [o for o in p.evaluate(sizes) if o[1]>0] and not [o for o in p.evaluate(ends) if max(o)>1], page
 
 def test_navigation(browser, served):
     "The pages that the tests go through are those that the navigation offers"
