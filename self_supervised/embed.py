@@ -41,6 +41,8 @@ from .pretrained import official_weights
 from .shards import FileShard, open_shards, shard_sizes
 
 # %% ../nbs/69_embed.ipynb #39d1c6de
+_side = 96 # pixels of small pictures, for which there are always enough
+
 def _thumbnail(x, side):
     "A JPEG of the image `x` (C,h,w), with a longer side of `side` pixels; None for 0"
     if not side: return
@@ -71,7 +73,7 @@ class _Files:
         self.files = all(isinstance(o, FileShard) for o in self.shards)
         self.root  = '' if not self.files else os.path.abspath(os.path.expanduser(source)) if isinstance(source, (str,os.PathLike)) else \
                      os.path.commonpath([os.path.dirname(os.path.abspath(f)) for o in self.shards for f in o.files])
-        self.label = label_func or _label_of
+        self.label = label_func or (None if self.files else _label_of)
         if self.files: how = {**how, **common_depth([f for o in self.shards for f in o.files], n_in, how.pop('max_value', None))}
         self.open  = partial(open_image, size=None, n_in=n_in, short_side=short_side, **how)
 
@@ -88,7 +90,7 @@ class _Files:
             x = self.open(sample.open()).as_subclass(Tensor)
         except ImageFileError as e: return _Item(path, why=str(e).removeprefix(f'cannot read the image {sample.name} (').removeprefix(f'{sample.name}: ').partition('): ')[0])
         if (h-w)*(x.shape[1]-x.shape[2])<0: h,w = w,h # the file says that it lies on its side
-        label = self.label(Path(sample.name) if self.files else sample)
+        label = self.label and self.label(Path(sample.name) if self.files else sample)
         return _Item(path, None if label is None else str(label), x, (h,w), _thumbnail(x, self.thumbnail))
 
     def _samples(self, start):
@@ -236,7 +238,7 @@ def embed(
     stats:tuple=None, # (means, stds) to normalise with; None: as in training, of an encoder alone none
     bs:int=64, # images of a batch
     half:bool=False, # mixed precision, and features in float16
-    thumbnail:int=96, # pixels of the longer side of the small pictures; 0: none
+    thumbnail:int=96, # pixels of the longer side of the small pictures, 96 or what the encoder sees at most; 0: none
     part:int=5000, # images of a part; after a stop the last one is made anew
     num_workers:int=None, # threads that decode; None: one a core, at most 8
     max_value:float=None, # value of white in files of more than 8 bits; None: looked at in a sample; of shards such files are not used
@@ -258,9 +260,9 @@ def embed(
         n_in  = encoder_channels(inner)
         size  = crop_size(model, pack_images([torch.zeros(n_in, 64, 64, dtype=torch.uint8)]), size)
         share = 7/8 if min(size)>=96 else 1. # small images are seen as they are
-        items = _Files(source, label_func, min(8, defaults.cpus) if num_workers is None else num_workers, thumbnail, n_in, math.ceil(max(size)/share), max_value=max_value, background=background)
+        items = _Files(source, label_func, min(8, defaults.cpus) if num_workers is None else num_workers, thumbnail, n_in, max(_side, math.ceil(max(size)/share)), max_value=max_value, background=background)
         crop,cut = (lambda xs: center_crop(pack_images(xs), size, share)),{}
-    looks = dict(size=size and list(check_size(size)), normalization=norm and {'mean':norm.mean.flatten().tolist(), 'std':norm.std.flatten().tolist()}, half=half)
+    looks = dict(size=size and list(check_size(size)), normalization=norm and {k:[round(o, 6) for o in getattr(norm, k).flatten().tolist()] for k in ('mean','std')}, half=half)
     parts = out.with_name(f'{out.name}.parts')
     _begin(parts, dict(**looks, weights=_crc(inner), images=items.mark(), part=part, thumbnail=thumbnail))
     done  = len(_parts(parts))
@@ -327,4 +329,4 @@ def read_thumbnails(
     res    = [found[g][i-int(ends[g-1] if g else 0)].as_py() for g,i in zip(group, ids)]
     if column=='thumbnail': return res
     root = json.loads(file.schema_arrow.metadata[b'self_supervised'])['root']
-    return [_thumbnail(open_image(Path(root)/o, None, short_side=96).as_subclass(Tensor), 96) for o in res]
+    return [_thumbnail(open_image(Path(root)/o, None, short_side=_side).as_subclass(Tensor), _side) for o in res]

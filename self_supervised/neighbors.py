@@ -105,11 +105,11 @@ def duplicate_threshold(
     n:int=2000, # images to look at, always the same ones
     device:torch.device=None, # where to compute; None: where the features are
 ) -> float: # a cosine
-    "Copies are ten times as near to each other as an image usually is to the tenth most like it"
+    "Copies are twenty times as near to each other as an image usually is to the tenth most like it"
     _check_features(features)
     ids  = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:n]
     sims = _search(features, features[ids], min(10, max(1, len(features)-1)), ids, device=device)[0][:,-1]
-    return 1-max(1e-6, (1-sims.median().item())/10)
+    return 1-max(1e-6, (1-sims.median().item())/20)
 
 def _pairs(features, threshold, exact, chunk, device):
     "Pairs of rows (P,2) with a cosine of `threshold` or more, the smaller number first"
