@@ -32,7 +32,9 @@ from self_supervised.queue import *
 from self_supervised.memory import *
 from self_supervised.kmeans import *
 # judges, and runs
+from self_supervised.neighbors import *
 from self_supervised.evaluation import *
+from self_supervised.selection import *
 from self_supervised.optimizer import *
 from self_supervised.diagnostics import *
 from self_supervised.loggers import *
@@ -42,6 +44,7 @@ from self_supervised.recipes import *
 from self_supervised.suggest import *
 from self_supervised.modules import *
 from self_supervised.transfer import *
+from self_supervised.embed import *
 
 for _m in (_import(f'self_supervised.vision.{o.name}') for o in _modules(_vision.__path__)): # each method that there is
     globals().update({n:getattr(_m, n) for n in _m.__all__})

@@ -164,7 +164,7 @@ def _sets_of(q):
 @command
 def ssl_duplicates(
     features:Annotated[str, {'opt':False, 'nargs':'+'}], # a table of ssl_embed, or the folder of a run that holds features.parquet; or several
-    threshold:float=None, # cosine from which on two images are copies; default: twenty times as near as an image usually is to the tenth most like it
+    threshold:float=None, # cosine from which on two images are copies; default: ten times as near as an image usually is to the tenth most like it
     exact:bool=True, # ask FAISS for the 50 nearest of each image, and do not compare all pairs: for hundreds of thousands
     out:Path=None, # the answer, *.csv; default: duplicates.csv beside the first table
 ): # path of the answer
@@ -176,10 +176,10 @@ def ssl_duplicates(
     sets   = _sets_of(q)
     groups = find_duplicates(q.features, threshold, (q.df.width.astype(int)*q.df.height).tolist(), sets, exact)
     def within(g): return '' if sets is None else ' and '.join(sorted({sets[i] for i in g}))
-    lines  = [(n, q.paths[i], q.df.width[i], q.df.height[i], *([sets[i]] if sets else []), 'yes' if i==g[0] else 'no') for n,g in enumerate(groups, 1) for i in g]
-    def like(i, g): return '' if i==g[0] else f'{cosine_similarity(q.features[i].float(), q.features[g[0]].float(), dim=0):.4f} '
-    rows   = [(f'{n}' + (f': {within(g)}' if sets else ''), [(i, like(i, g)+q.says(i)) for i in g]) for n,g in enumerate(groups, 1)]
-    return q.write(('group','path','width','height', *(['set'] if sets else []), 'keep'), lines, 'Images that are there twice',
+    def like(i, g): return '' if i==g[0] else f'{cosine_similarity(q.features[i].float(), q.features[g[0]].float(), dim=0):.4f}'
+    lines  = [(n, q.paths[i], q.df.width[i], q.df.height[i], *([sets[i]] if sets else []), like(i, g), 'yes' if i==g[0] else 'no') for n,g in enumerate(groups, 1) for i in g]
+    rows   = [(f'{n}' + (f': {within(g)}' if sets else ''), [(i, f'{like(i, g)} {q.says(i)}') for i in g]) for n,g in enumerate(groups, 1)]
+    return q.write(('group','path','width','height', *(['set'] if sets else []), 'cosine', 'keep'), lines, 'Images that are there twice',
                    f'{len(groups):,} groups of {len(lines):,} images with a cosine of {threshold:.4f} or more, of {len(q.df):,} images', rows)
 
 # %% ../nbs/72_cli_answers.ipynb #07969bf4

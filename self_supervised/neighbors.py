@@ -37,10 +37,11 @@ def nearest(
         near = sims.long() # numbers of the nearest so far
         mine = None if own is None else own[i:i+chunk].to(device)
         for j in range(0, len(features), chunk):
-            s = q@_unit(features[j:j+chunk], device).T
+            rows = features[j:j+chunk].to(device, q.dtype)
+            s    = (q@rows.T).div_(rows.norm(dim=1).clamp(min=1e-12))
             if mine is not None:
-                rows = ((mine>=j) & (mine<j+s.shape[1])).nonzero()[:,0]
-                s[rows,mine[rows]-j] = -torch.inf
+                there = ((mine>=j) & (mine<j+len(rows))).nonzero()[:,0]
+                s[there,mine[there]-j] = -torch.inf
             s,ids     = s.topk(min(k, s.shape[1]))
             sims,best = torch.cat([sims, s], 1).topk(min(k, sims.shape[1]+s.shape[1]))
             near      = torch.cat([near, ids+j], 1).gather(1, best)
@@ -105,11 +106,11 @@ def duplicate_threshold(
     n:int=2000, # images to look at, always the same ones
     device:torch.device=None, # where to compute; None: where the features are
 ) -> float: # a cosine
-    "Copies are twenty times as near to each other as an image usually is to the tenth most like it"
+    "Copies are ten times as near to each other as an image usually is to the tenth most like it"
     _check_features(features)
     ids  = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:n]
     sims = _search(features, features[ids], min(10, max(1, len(features)-1)), ids, device=device)[0][:,-1]
-    return 1-max(1e-6, (1-sims.median().item())/20)
+    return 1-max(1e-6, (1-sims.median().item())/10)
 
 def _pairs(features, threshold, exact, chunk, device):
     "Pairs of rows (P,2) with a cosine of `threshold` or more, the smaller number first"
@@ -140,7 +141,7 @@ def find_duplicates(
     exact:bool=True, # compare all pairs; False: with FAISS, the 50 nearest of each image (extra `faiss`)
     chunk:int=4096, # rows of a block
     device:torch.device=None, # where to compute; None: where the features are
-) -> list: # of groups, lists of numbers of images
+) -> list: # of groups, lists of numbers of images, those that are most alike first
     "Images that are there twice or more, or nearly so"
     _check_features(features)
     check_finite_rows(features, 'the features')
@@ -155,6 +156,8 @@ def find_duplicates(
     groups = {}
     for i in np.unique(np.concatenate([a,b])).tolist(): groups.setdefault(of[i], []).append(i)
     groups = [sorted(g, key=lambda i: (-size[i],i)) for g in groups.values()]
+    def likeness(g): return round((_unit(features[g[1:]], 'cpu')@_unit(features[g[:1]], 'cpu').T).min().item(), 6)
+    groups.sort(key=lambda g: (-likeness(g),g))
     if sets is None: return groups
     across = [g for g in groups if len({sets[i] for i in g})>1]
     if across: warnings.warn(f'{len(across)} groups of copies have images of several sets ({", ".join(sorted({str(sets[i]) for g in across for i in g}))}): '
