@@ -53,7 +53,8 @@ def ssl_embed(
     if out.exists() and not overwrite: raise ValueError(f'{out} is there already: add --overwrite, or give another --out')
     source,said = _images_of(_list(source), run or Path('/nowhere')),json.loads((run/'settings.json').read_text()).get('data', {}) if run else {}
     model,used,norm = open_encoder(encoder, arch)
-    from self_supervised.embed import embed, read_features
+    from self_supervised.embed import embed
+    from self_supervised.feature_table import read_features
     def label(o): return o.parent.name
     if stats: norm = tuple(stats[i*len(stats)//2:(i+1)*len(stats)//2] for i in (0,1))
     size = used if size is None else size[0] if len(size)==1 else tuple(size)
@@ -69,7 +70,7 @@ class _Answer:
     "Tables of features, one after the other, and where to write what they say"
     def __init__(self, features, out, name):
         from fastai.vision.all import pd, torch
-        from self_supervised.embed import features_file, read_features
+        from self_supervised.feature_table import features_file, read_features
         self.files = [features_file(o) for o in _list(features)]
         xs,dfs     = zip(*map(read_features, self.files))
         self.about = dfs[0].attrs
@@ -89,7 +90,7 @@ class _Answer:
         return f'{o.width}×{o.height}' + (f' {o.label}' if isinstance(o.get('label'), str) else '')
 
     def thumbnails(self, ids):
-        from self_supervised.embed import read_thumbnails
+        from self_supervised.feature_table import read_thumbnails
         res = {}
         for t,file in enumerate(self.files):
             start,own = self.table.index(t),[i for i in ids if self.table[i]==t]
@@ -121,7 +122,8 @@ def _numbers(q, words, what):
 def _features_of(q, files, encoder):
     "Features of image files, made as those of the table were"
     from tempfile import TemporaryDirectory
-    from self_supervised.embed import embed, read_features
+    from self_supervised.embed import embed
+    from self_supervised.feature_table import read_features
     name = encoder or q.about['model']
     try: model = open_encoder(name)[0]
     except (ValueError,OSError) as e: raise ValueError(f'{files[0]} is not in the table, and the encoder that this was made with, {name}, is not to be had ({e}): give --encoder') from e
@@ -205,7 +207,7 @@ def _labelled(q, path):
     "Numbers of the images that a list names, or an earlier answer"
     try: lines = Path(path).expanduser().read_text(encoding='utf-8', errors='surrogateescape').splitlines()
     except OSError as e: raise ValueError(f'--labelled {path} cannot be read: {e.strerror}') from e
-    if lines and 'path' in (head := next(csv.reader(lines[:1]))): lines = [o['path'] for o in csv.DictReader(lines)]
+    if lines and 'path' in next(csv.reader(lines[:1])): lines = [o['path'] for o in csv.DictReader(lines)]
     ids = _numbers(q, [o.strip() for o in lines if o.strip()], f'--labelled {path}:')
     if bad := sum(i<0 for i in ids): raise ValueError(f'--labelled {path}: {bad} of {len(ids)} images are not in {q.files[0]}')
     return ids

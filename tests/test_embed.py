@@ -1,6 +1,5 @@
 "A table of features: the same from files, archives and loaders, resumable, and read by others"
-import csv, io, json, os, sys, warnings
-from pathlib import Path
+import csv, io, os, sys, warnings
 
 import numpy as np, pytest, torch
 from fastai.vision.all import Learner, Normalize, parent_label
@@ -11,7 +10,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2 as tv
 
 from self_supervised.data import image_dls, tensor_dls
-from self_supervised.embed import embed, features_file, read_features, read_thumbnails
+from self_supervised.embed import embed
+from self_supervised.feature_table import features_file, read_features, read_thumbnails
 from self_supervised.encoders import create_encoder
 from self_supervised.export import export_encoder # noqa: F401 (a method of Learner)
 from self_supervised.features import extract_features
@@ -118,8 +118,8 @@ def test_small_pictures(photos, tmp_path):
         with pytest.raises(ValueError, match='from 0 to 7'): read_thumbnails(tmp_path/'a.parquet', bad)
 
 def test_rows_of_many_groups(tmp_path, monkeypatch):
-    from self_supervised import embed as m
-    monkeypatch.setattr(m, '_rows', 4)
+    from self_supervised import feature_table
+    monkeypatch.setattr(feature_table, '_rows', 4)
     x,y = torch.randint(0, 256, (30,3,8,8), dtype=torch.uint8),torch.arange(30)%3
     f,df = make(Middle(), tensor_dls((x,y), drop_last=False, vocab=['a','b','c'], bs=7).train, tmp_path/'f.parquet', part=13)
     assert pq.ParquetFile(tmp_path/'f.parquet').num_row_groups>=8

@@ -1,5 +1,5 @@
 "Search, copies, outliers, clusters and selection, against loops over all pairs"
-import itertools, math, warnings
+import itertools, math
 
 import numpy as np, pytest, torch
 from torch.nn import functional as F
