@@ -115,13 +115,15 @@ class ImageMap:
     def __len__(self): return len(self.x)
 
     def _set(self, name, column, nearness=None):
-        self.columns[name] = column = np.asarray(column, dtype=np.int32)
+        "Keep a column, with its groups, which have to be there first"
+        column = np.asarray(column, dtype=np.int32)
         k,most = (60,1) if name=='outlier' else (8,100)
-        self.groups[name] = group_list(np.minimum(column, 0) if name=='outlier' else column, to_centre(self.x, column) if nearness is None else nearness, k, most)
-        if 'label' in self.columns and name!='label':
-            for o in self.groups[name]:
-                n = np.bincount(self.columns['label'][(column==o['number']) & (self.columns['label']>=0)], minlength=1)
+        groups = group_list(np.minimum(column, 0) if name=='outlier' else column, to_centre(self.x, column) if nearness is None else nearness, k, most)
+        if (labels := self.columns.get('label')) is not None:
+            for o in groups:
+                n = np.bincount(labels[(column==o['number']) & (labels>=0)], minlength=1)
                 if n.any(): o['mostly'] = [self.names['label'][n.argmax()], round(float(n.max()/n.sum()), 3)]
+        self.groups[name],self.columns[name] = groups,column
 
 # %% ../nbs/70_image_map.ipynb #8bdc1018
 def _cached(path, key):
