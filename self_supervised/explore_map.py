@@ -116,7 +116,7 @@ li { margin-bottom:14px }
 #saved { overflow-wrap:anywhere }
 @media (max-width:800px) {
   html,body { height:auto } main { display:block } #place { height:58vh; min-height:300px; border-bottom:1px solid var(--line) }
-  aside { border:0; overflow:visible } #controls { position:static }
+  aside { border:0; overflow:visible; display:flex; flex-direction:column } #controls { position:static; order:1 } #groups { order:2 }
 }
 '''
 
