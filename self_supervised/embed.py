@@ -18,7 +18,7 @@ def read_features(
     import pyarrow.parquet as pq
     t  = pq.read_table(path, columns=[o for o in ('path','label','width','height','feature') if o in pq.read_schema(path).names])
     f  = t['feature'].combine_chunks()
-    x  = torch.from_numpy(np.array(f.flatten()).reshape(len(t), -1))
+    x  = torch.from_numpy(np.array(f.flatten()).reshape(len(t), f.type.list_size))
     df = t.drop_columns(['feature']).to_pandas()
     df.attrs = json.loads((t.schema.metadata or {}).get(b'self_supervised', b'{}'))
     return x,df
