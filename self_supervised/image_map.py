@@ -130,7 +130,7 @@ def _cached(path, key):
     "What `path` keeps for `key`"
     try:
         with np.load(path) as f: return {k:f[k] for k in f} if str(f['key'])==key else {}
-    except (OSError, ValueError, KeyError, BadZipFile): return {} # there is none, or it is damaged
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile): return {} # there is none, or it is damaged
 
 def _keep(path, **arrays):
     "Write `path`, whole or not at all"

@@ -25,9 +25,9 @@ def jpeg(colour, size=(48,32)):
 
 def write(file, x, labels=None, thumbs=None, root=None, paths=None, sizes=None, rows=None):
     "A file of features as `embed` writes it"
-    x,n = np.asarray(x),len(x)
-    w,h = (sizes or [(48,32)]*n, None)[0], None
-    cols = dict(path=paths or [f'{i:05}.png' for i in range(n)], width=pa.array([a for a,_ in w], pa.int32()), height=pa.array([b for _,b in w], pa.int32()),
+    x,n   = np.asarray(x),len(x)
+    sizes = sizes or [(48,32)]*n
+    cols  = dict(path=paths or [f'{i:05}.png' for i in range(n)], width=pa.array([w for w,_ in sizes], pa.int32()), height=pa.array([h for _,h in sizes], pa.int32()),
                 feature=pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), x.shape[1]))
     if labels is not None: cols['label'] = labels
     if thumbs is not None: cols['thumbnail'] = pa.array(thumbs, pa.binary())
@@ -391,7 +391,7 @@ def folder(tmp_path_factory):
     for nm,g in zip(names, groups):
         (path/'photos'/nm).parent.mkdir(parents=True, exist_ok=True)
         Image.new('RGB', (48,32), colours[g]).save(path/'photos'/nm)
-    write(path/'run/features.parquet', x, ['<i>red','green','blue'] and [['<i>red','green','blue'][g] for g in groups], [jpeg(colours[g]) for g in groups], path/'photos', names)
+    write(path/'run/features.parquet', x, [['<i>red','green','blue'][g] for g in groups], [jpeg(colours[g]) for g in groups], path/'photos', names)
     return path/'run'
 
 @pytest.fixture(scope='module')
@@ -436,7 +436,6 @@ def test_others_are_refused(server, folder):
     for o in [*strangers, dict(Origin=None), dict(Origin=f'http://localhost:{port}')]: assert ask(server, 'POST', '/map/save', body, **o)[0]==403, o
     assert ask(server, 'GET', '/map/save')[0]==405 and ask(server, 'POST', '/map/info', body)[0]==405
     assert not list(folder.glob('selected-*'))
-    with pytest.raises(AssertionError): test_wrong_paths(server, 'near/1')
 
 @pytest.mark.parametrize('body,status', [(b'', 400), (b'ids', 400), (b'[1]', 400), (b'{"ids":[]}', 400), (b'{"ids":1}', 400), (b'{"ids":[1,1]}', 400), (b'{"ids":[90]}', 400), (b'{"ids":[-1]}', 400),
                                          (b'{"ids":[true]}', 400), (b'{"ids":["1"]}', 400), (b'{"ids":[1.0]}', 400), (b'{"ids":["../../x"]}', 400), (b'{"ids":['+b' '*5000+b'1]}', 413)])
@@ -548,8 +547,6 @@ def test_lasso(browser, server, folder): # noqa: F811
         page.mouse.wheel(0, -200)
         wait(page, '() => view.s>fit*1.2')
         zoomed = page.evaluate('view')
-        rest = [i for i in range(90) if all(b<c-20 for b,c in zip(where(page, i), (1020,890))) and all(b>c for b,c in zip(where(page, i), (10,60)))]
-        assert 5<len(rest)<90 or rest
         star = [(500+math.cos(a)*r, 480+math.sin(a)*r) for a,r in zip(np.arange(0, 6.28, .5), [400,150]*7)]
         draw(page, star)
         want = np.flatnonzero(Polygon(star).contains_points([where(page, i) for i in range(90)])).tolist()
@@ -575,7 +572,7 @@ def test_wheel_keeps_the_place(browser, server): # noqa: F811
             s = page.evaluate('view.s')
             page.mouse.wheel(0, by)
             wait(page, 's => view.s!=s', s)
-            assert np.abs(np.array(page.evaluate('toMap(300, 200)'))-before).max()<1e-9 and (page.evaluate('view.s')>s)==(by<0)
+            assert np.abs(np.array(page.evaluate('toMap(300, 200)'))-before).max()<1e-3 and (page.evaluate('view.s')>s)==(by<0)
 
 @in_browser
 def test_colours_and_switches(browser, server, folder): # noqa: F811
@@ -603,7 +600,8 @@ def test_colours_and_switches(browser, server, folder): # noqa: F811
         page.get_by_label('None').check()
         wait(page, '() => !document.querySelector("#groups h2")')
 
-        def drawn(): return np.array(page.evaluate('[...ctx.getImageData(0, 0, map.width, map.height).data]')).reshape(-1,4)[:,3].astype(bool).sum()
+        drawn_pixels = '() => ctx.getImageData(0, 0, map.width, map.height).data.reduce((n, o, i) => n+(i%4==3 && o>0), 0)' # above the points
+        def drawn(): return page.evaluate(drawn_pixels)
         wait(page, '() => !frame')
         assert drawn()==0
         for name,kind,n in (('Duplicates','duplicate',int((m.columns['duplicate']>=0).sum())), ('Outliers','outlier',1)):
@@ -618,14 +616,12 @@ def test_colours_and_switches(browser, server, folder): # noqa: F811
             wait(page, '() => !frame && !document.querySelector("#groups h2")')
             assert drawn()==0
         page.get_by_label('Thumbnails').check()
-        wait(page, '() => { const a = ctx.getImageData(0, 0, map.width, map.height).data; let n = 0; for (let i = 3; i<a.length; i += 4) n += a[i]>0; return n>5000 }')
-        box = page.locator('#map').bounding_box()
+        wait(page, f'() => ({drawn_pixels})()>5000')
         i = int(np.argmin(m.xy[:,0])) # the left-most: in its field is an image of its group
         a = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert('RGB')).astype(int)
         x,y = map(round, where(page, i))
         near = a[max(0, y-45):y+45,max(0, x-45):x+45].reshape(-1,3)
         assert (np.abs(near-colours[blobs()[1][i]]).max(1)<10).sum()>100
-        assert box['x']==0
 
 @in_browser
 @pytest.mark.parametrize('scheme,dark', [('light',False), ('dark',True)])
@@ -719,29 +715,24 @@ def test_many_images(browser, tmp_path): # noqa: F811
         assert 10_000<(np.abs(a-255).max(2)>40).sum() # there is a picture
         sim = x.astype(np.float64)
         sim /= np.linalg.norm(sim, axis=1, keepdims=True)
+        at  = np.array(page.evaluate('[...xy]')).reshape(-1,2)
+        box = page.locator('#map').bounding_box()
         for target in (17,49_999):
-            sx,sy = page.evaluate('i => toScreen(i)', target)
-            at = np.array(page.evaluate('[...xy]')).reshape(-1,2) if target==17 else at
-            here = page.evaluate('([x,y]) => toMap(x, y)', [sx,sy])
-            i = int(((at-here)**2).sum(1).argmin())
-            box = page.locator('#map').bounding_box()
-            page.mouse.move(box['x']+sx, box['y']+sy)
-            assert page.evaluate('([x,y]) => nearest(...toMap(x, y), 12/view.s)', [sx,sy])==i
-            page.mouse.click(box['x']+sx, box['y']+sy)
-            wait(page, 'i => picked==i && near.length==12', page.evaluate('picked') if page.evaluate('picked')>=0 else i)
-            i = page.evaluate('picked') # the mouse has whole pixels
+            place = page.evaluate('i => toScreen(i).map(o => o+1)', target)
+            assert page.evaluate('o => nearest(...toMap(...o), 12/view.s)', place)==((at-page.evaluate('o => toMap(...o)', place))**2).sum(1).argmin()
+            page.mouse.click(box['x']+place[0], box['y']+place[1])
+            wait(page, '() => picked>=0 && near.length==12')
+            i = page.evaluate('picked') # what is there under a whole pixel
             own = sim@sim[i]
             own[i] = -9
             got = page.evaluate('near')
             assert np.abs(np.sort(own)[:-13:-1]-own[got]).max()<1e-4 and len(set(got))==12
-        page.keyboard.press('Escape')
-        loop = [(500+180*math.cos(o), 450+250*math.sin(o)) for o in np.arange(0, 6.28, .2)]
-        loop = [(a+330, b-20) for a,b in loop]
+            page.keyboard.press('Escape')
+        loop = [(830+180*math.cos(o), 430+250*math.sin(o)) for o in np.arange(0, 6.28, .2)]
         page.keyboard.down('Shift')
         draw(page, loop)
         page.keyboard.up('Shift')
-        box,v = page.locator('#map').bounding_box(),page.evaluate('({...view, width, height})')
-        screen = np.c_[box['x']+v['width']/2+(at[:,0]-v['x'])*v['s'], box['y']+v['height']/2-(at[:,1]-v['y'])*v['s']]
-        inside = Polygon(np.array(page.evaluate('line'))).contains_points(at)
-        assert np.abs(inside.sum()-Polygon(loop).contains_points(screen).sum())<.05*inside.sum() and inside.sum()>1000
+        inside = Polygon(page.evaluate('line')).contains_points(at)
+        corners = np.array([page.evaluate('o => toMap(...o)', [a-box['x'], b-box['y']]) for a,b in loop])
+        assert inside.sum()>1000 and np.abs(inside.sum()-Polygon(corners).contains_points(at).sum())<.02*inside.sum()
         assert set(page.evaluate('chosen'))==set(np.flatnonzero(inside).tolist()) and page.locator('#selection .tile').count()==60
