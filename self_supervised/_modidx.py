@@ -672,6 +672,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'self_supervised/image_map.py'),
                                            'self_supervised.image_map.ImageMap._find_duplicate': ( 'image_map.html#imagemap._find_duplicate',
                                                                                                    'self_supervised/image_map.py'),
+                                           'self_supervised.image_map.ImageMap._find_label': ( 'image_map.html#imagemap._find_label',
+                                                                                               'self_supervised/image_map.py'),
                                            'self_supervised.image_map.ImageMap._find_outlier': ( 'image_map.html#imagemap._find_outlier',
                                                                                                  'self_supervised/image_map.py'),
                                            'self_supervised.image_map.ImageMap._find_prototype': ( 'image_map.html#imagemap._find_prototype',

@@ -48,7 +48,7 @@ def map_points(
     if len(x)<5: xy = pca_map(x)
     elif map_method()=='umap':
         from umap import UMAP
-        xy = UMAP(n_neighbors=min(15, len(x)-1), metric='cosine', random_state=0).fit_transform(x.numpy())
+        xy = UMAP(n_neighbors=min(15, len(x)-1), metric='cosine', random_state=0, n_jobs=1).fit_transform(x.numpy())
     else:
         ids = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:n]
         xy  = torch.as_tensor(tsne_map(x[ids])).float()
@@ -87,7 +87,7 @@ def group_list(
     return [dict(number=int(nums[j]), n=int(ns[j]), ids=order[starts[j]:starts[j]+min(k, ns[j])].tolist()) for j in np.argsort(-ns, kind='stable')[:most]]
 
 # %% ../nbs/70_image_map.ipynb #876fbde2
-_steps = dict(cluster='Looking for clusters', prototype='Comparing with the prototypes', outlier='Looking for outliers', duplicate='Looking for duplicates')
+_steps = dict(label='Sorting by label', cluster='Looking for clusters', prototype='Comparing with the prototypes', outlier='Looking for outliers', duplicate='Looking for duplicates')
 _kept,_max_kept,thumb_side = ('cluster','outlier','duplicate'),20_000,96
 
 class ImageMap:
@@ -99,18 +99,15 @@ class ImageMap:
         self.path,self.prototypes = Path(path),prototypes
         x,self.df = read_features(path)
         if not len(x): raise ValueError(f'{path} holds no images: make it again, with ssl_embed')
-        self.lengths = x.float().norm(dim=1).clamp(min=1e-12)
-        self.x = x.float()/self.lengths[:,None]
+        x = x.float()
+        self.lengths = x.norm(dim=1).clamp(min=1e-12)
+        self.x = x/self.lengths[:,None]
         self.xy,self.how,self.why,self.doing,self.error,self.notes = None,'','','Reading features','',[]
         self.columns,self.groups,self.names = {},{},{}
         import pyarrow.parquet as pq
         self._thumbs,self._lock,self._stored = {},Lock(),'thumbnail' in pq.read_schema(path).names
         stat = self.path.stat()
         self.key = f'{stat.st_size} {stat.st_mtime_ns} {map_method()}'
-        if 'label' in self.df:
-            labels = pd.Categorical(self.df['label'])
-            self.names['label'] = [str(o) for o in labels.categories]
-            self._set('label', np.asarray(labels.codes))
 
     def __len__(self): return len(self.x)
 
@@ -160,6 +157,13 @@ def compute(self:ImageMap):
         self.error = f'{type(e).__name__}: {e}'
         raise
     finally: self.doing = ''
+
+@patch
+def _find_label(self:ImageMap, kept):
+    if 'label' not in self.df: return
+    labels = pd.Categorical(self.df['label'])
+    self.names['label'] = [str(o) for o in labels.categories]
+    self._set('label', labels.codes)
 
 @patch
 def _find_cluster(self:ImageMap, kept):
