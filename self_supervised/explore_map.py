@@ -89,7 +89,7 @@ canvas { position:absolute; inset:0; width:100%; height:100% }
 #zoom button:hover { background:var(--panel) }
 #how { position:absolute; left:12px; bottom:8px; margin:0; font-size:12px; pointer-events:none; max-width:70% }
 #tip { position:absolute; left:0; top:0; display:flex; gap:10px; padding:8px; max-width:320px; pointer-events:none; background:var(--back); border:1px solid var(--line); border-radius:8px; box-shadow:0 4px 16px #0003; font-size:12.5px }
-#tip img { min-width:24px; max-width:96px; max-height:96px; align-self:flex-start; border-radius:3px }
+#tip img { min-width:56px; max-width:96px; max-height:96px; object-fit:contain; align-self:flex-start; border-radius:3px }
 #tip div { display:flex; flex-direction:column; min-width:0 } #tip b { overflow-wrap:anywhere }
 aside { border-left:1px solid var(--line); background:var(--panel); overflow:auto; min-height:0 }
 #controls { padding:12px 16px; border-bottom:1px solid var(--line); display:flex; flex-direction:column; gap:10px; position:sticky; top:0; background:var(--panel); z-index:1 }
@@ -338,7 +338,7 @@ function picture(i) { // an image that is ready to be drawn; undefined until the
   return pictures.get(i)
 }
 function drawPictures() { // in each field of a grid one image, the same at each place
-  const cell = 2**Math.ceil(Math.log2(44/view.s)), [left,top] = toMap(0, 0), a0 = Math.floor(left/cell), b0 = Math.floor(toMap(0, height)[1]/cell)
+  const cell = 2**Math.ceil(Math.log2(34/view.s)), [left,top] = toMap(0, 0), a0 = Math.floor(left/cell), b0 = Math.floor(toMap(0, height)[1]/cell)
   const cols = Math.ceil(width/view.s/cell)+2, rows = Math.ceil(height/view.s/cell)+2, first = new Int32Array(cols*rows).fill(-1)
   for (let i = n-1; i>=0; i--) {
     if (mask && !mask[i]) continue
@@ -377,7 +377,7 @@ function drawAbove() {
     ctx.globalAlpha = .5
     for (const i of near) { ctx.beginPath(); ctx.moveTo(x, y); ctx.lineTo(...toScreen(i)); ctx.strokeStyle = scheme.text; ctx.lineWidth = 1; ctx.stroke() }
     ctx.globalAlpha = 1
-    for (const i of near) ring(i, r+2, scheme.text, 1.4)
+    for (const i of near) { ring(i, r+2, scheme.back, 3.4); ring(i, r+2, scheme.text, 1.6) }
     ring(picked, r+4, scheme.back, 5); ring(picked, r+4, scheme.text, 2.4)
   }
   if (hovered>=0) { ring(hovered, r+3, scheme.back, 4); ring(hovered, r+3, scheme.accent, 2) }
