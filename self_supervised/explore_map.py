@@ -470,7 +470,7 @@ map.addEventListener('keydown', e => {
 })
 document.addEventListener('keydown', e => {
   if (e.key!='Escape') return
-  if (line || chosen) clear(); else { unpick(); setFocus(null) }
+  if (line) clear(); else { unpick(); setFocus(null) }
 })
 function all() { Object.assign(view, {x:.5, y:.5, s:fit}); redraw() }
 $('in').onclick = () => zoom(1.5); $('out').onclick = () => zoom(1/1.5); $('fit').onclick = all

@@ -200,10 +200,10 @@ def _find_duplicate(self:ImageMap, kept):
 @patch
 def info(self:ImageMap) -> dict: # for JSON
     "What there is to see so far, and what is being found out"
-    c = self.columns
+    c = self.columns.copy() # which may grow meanwhile
     marked = {k:int((c[k]>=0).sum()) for k in ('outlier','duplicate') if k in c}
     return dict(n=len(self), name=self.path.absolute().parent.name, points=self.xy is not None, how=self.how, why=self.why, doing=self.doing, error=self.error,
-                notes=self.notes, columns=[k for k in c], marked=marked, names=self.names, counts={k:int(len(np.unique(o[o>=0]))) for k,o in c.copy().items()})
+                notes=self.notes, columns=list(c), marked=marked, names=self.names, counts={k:len(np.unique(o[o>=0])) for k,o in c.items()})
 
 @patch
 def near(self:ImageMap,

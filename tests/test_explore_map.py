@@ -1,7 +1,7 @@
 "The map of images: what it knows against slow loops, what its server answers and refuses, and its page in a real browser"
 import contextlib, http.client, importlib, io, json, math, os, re, socket, struct, subprocess, sys, time
 
-import numpy as np, pytest, torch
+import numpy as np, psutil, pytest, torch
 from matplotlib.path import Path as Polygon
 from PIL import Image
 from torch.nn import functional as F
@@ -422,6 +422,9 @@ def test_wrong_paths(server, path):
     status,_,body = ask(server, 'GET', '/map/'+quote(path, safe='/?=,;.'))
     assert status in (400,404) and b'Traceback' not in body and len(body)<500
 
+def test_loopback_only(server):
+    assert {o.laddr.ip for o in psutil.Process(server.pid).net_connections('inet') if o.status==psutil.CONN_LISTEN}=={'127.0.0.1'}
+
 everything = '/','/map/page.js','/map/page.css','/map/info','/map/points','/map/column/cluster','/map/groups/cluster','/map/cards?ids=1','/map/near/1'
 
 def test_others_are_refused(server, folder):
@@ -643,15 +646,20 @@ def test_phone(browser, server): # noqa: F811
         page.touchscreen.tap(*where(page, i))
         page.locator('#near').wait_for()
         assert page.locator('#image h2').inner_text().startswith('g/<b>') and page.evaluate('document.documentElement.scrollWidth')<=390
-        assert page.locator('#image').bounding_box()['y']<page.locator('#groups').bounding_box()['y'] and page.locator('#image').bounding_box()['y']<800
+        assert page.locator('#image').bounding_box()['y']<page.locator('#controls').bounding_box()['y']<page.locator('#groups').bounding_box()['y']
         cdp,box = page.context.new_cdp_session(page),page.locator('#map').bounding_box() # two fingers
         cx,cy,s = box['x']+150,box['y']+150,page.evaluate('view.s')
-        def touch(kind, d): cdp.send('Input.dispatchTouchEvent', dict(type=kind, touchPoints=[dict(x=cx-d, y=cy, id=0), dict(x=cx+d, y=cy, id=1)] if d else []))
+        def touch(kind, d, by=0): cdp.send('Input.dispatchTouchEvent', dict(type=kind, touchPoints=[dict(x=cx-d+by, y=cy-by, id=0), dict(x=cx+d+by, y=cy-by, id=1)] if d else []))
         middle = page.evaluate('toMap(150, 150)')
         touch('touchStart', 30)
         for d in (40,50,60): touch('touchMove', d)
         touch('touchEnd', 0)
         assert page.evaluate('view.s')==pytest.approx(2*s, rel=.1) and np.abs(np.array(page.evaluate('toMap(150, 150)'))-middle).max()<.02
+        s,middle = page.evaluate('view.s'),page.evaluate('toMap(150, 150)') # both to the right, and up
+        touch('touchStart', 40)
+        for by in (10,20,30,40,50): touch('touchMove', 40, by)
+        touch('touchEnd', 0)
+        assert page.evaluate('view.s')==pytest.approx(s, rel=.1) and np.abs(np.array(page.evaluate('toMap(200, 100)'))-middle).max()*s<12
         assert page.locator('#selection').is_hidden()
 
 @in_browser
@@ -717,6 +725,10 @@ def test_many_images(browser, tmp_path): # noqa: F811
         sim = x.astype(np.float64)
         sim /= np.linalg.norm(sim, axis=1, keepdims=True)
         at  = np.array(page.evaluate('[...xy]')).reshape(-1,2)
+        places = r.uniform(0, 1, (400,2))
+        gaps,reach = (((places[:,None]-at)**2).sum(-1))**.5,page.evaluate('12/view.s')
+        assert page.evaluate('([os,r]) => os.map(([x,y]) => nearest(x, y, r))', [places.tolist(),reach])==[int(o.argmin()) if o.min()<reach else -1 for o in gaps]
+        assert 100<(gaps.min(1)<reach).sum()<390
         box = page.locator('#map').bounding_box()
         for target in (17,49_999):
             place = page.evaluate('i => toScreen(i).map(o => o+1)', target)
@@ -729,7 +741,7 @@ def test_many_images(browser, tmp_path): # noqa: F811
             got = page.evaluate('near')
             assert np.abs(np.sort(own)[:-13:-1]-own[got]).max()<1e-4 and len(set(got))==12
             page.keyboard.press('Escape')
-        loop = [(830+180*math.cos(o), 430+250*math.sin(o)) for o in np.arange(0, 6.28, .2)]
+        loop = [(830+r*180*math.cos(o), 430+r*250*math.sin(o)) for o,r in zip(np.arange(0, 6.28, .2), [1,.5]*16)] # a star
         page.keyboard.down('Shift')
         draw(page, loop)
         page.keyboard.up('Shift')
