@@ -555,7 +555,7 @@ async function groupsList() {
   await Promise.all(kinds.map(async k => { groupsOf[k] ??= await get('/map/groups/'+k) }))
   const parts = kinds.flatMap(k => {
     const gs = groupsOf[k], head = el('h2', {textContent:titles[k][0]})
-    if (k=='outlier') return [head, el('p', {className:'soft', textContent:'The farthest from their neighbours first'}), el('div', {className:'tiles'}, ...(gs[0] ? gs[0].ids : []).map(i => tile(i))), el('p')]
+    if (k=='outlier') return [head, el('p', {className:'soft', textContent:'The farthest from their neighbours first'}), el('div', {className:'strip'}, ...(gs[0] ? gs[0].ids : []).map(i => tile(i))), el('p')]
     const count = info.counts[k], says = [k=='cluster' ? info.why : '', count>gs.length ? `the ${gs.length} largest of ${number(count)}` : '', count ? '' : 'none'].filter(Boolean).join('; ')
     return [head, el('p', {className:'soft', textContent:says}), el('ul', {}, ...gs.map(o => row(k, o)))]
   })
