@@ -47,6 +47,7 @@ from self_supervised.transfer import *
 from self_supervised.feature_table import *
 from self_supervised.embed import *
 from self_supervised.gallery import *
+from self_supervised.image_map import *
 
 for _m in (_import(f'self_supervised.vision.{o.name}') for o in _modules(_vision.__path__)): # each method that there is
     globals().update({n:getattr(_m, n) for n in _m.__all__})

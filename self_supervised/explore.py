@@ -8,7 +8,7 @@ __all__ = ['max_mb', 'max_megapixels', 'max_images', 'max_aspect', 'read_image',
            'views_seconds', 'explore_page', 'serve']
 
 # %% ../nbs/71_explore.ipynb #8557b128
-import math, random, socket, statistics, textwrap, threading, time
+import math, random, socket, statistics, textwrap, threading, time, webbrowser
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
@@ -360,26 +360,31 @@ def _free_port(port):
                      'all ports from 8501 to 8599 are taken: give another with --port')
 
 def serve(
-    source:str=None, # image file, or folder of images, searched with all below it; default: examples
+    source:str|list=None, # image file, list of such, or folder of images, searched with all below it; default: examples
     size:int=256, # pixels of the shorter side of images, at most
     port:int=None, # to listen at; default: the first free one from 8501 on
     browser:bool=True, # do not open the page in the web browser, only say its address
+    routes:callable=None, # () → Starlette's routes of a page that comes first, at /, as `map_routes` gives them; this page is then at /views/
 ):
     "Serve the page on this machine, until Ctrl-C; the command is `ssl_explore`"
     _streamlit()
     check_size(size)
-    path,port = Path(source or '').expanduser(),_free_port(port)
-    files = [] if source is None else [path] if path.is_file() else list_images(source)[:max_images]
+    port = _free_port(port)
+    if isinstance(source, list): files = list(map(Path, source))
+    else:
+        path  = Path(source or '').expanduser()
+        files = [] if source is None else [path] if path.is_file() else list_images(source)[:max_images]
     for o in files: read_image(o, size)
     from streamlit import net_util
-    from streamlit.web import bootstrap
+    from streamlit.starlette import App
     net_util.get_external_ip = lambda: None # it would ask a web service, whenever a page from elsewhere knocks
-    flags = {'server.address':'127.0.0.1', 'server.port':port, 'server.headless':not browser, 'server.maxUploadSize':max_mb,
+    flags = {'server.address':'127.0.0.1', 'server.port':port, 'server.headless':True, 'server.maxUploadSize':max_mb, 'server.baseUrlPath':'views' if routes else '',
              'server.fileWatcherType':'none', 'server.enableCORS':True, 'server.enableXsrfProtection':True, 'browser.gatherUsageStats':False,
              'client.toolbarMode':'minimal', 'logger.hideWelcomeMessage':True, 'global.developmentMode':False}
+    url = f'http://127.0.0.1:{port}'
     with TemporaryDirectory() as d: # Streamlit wants the file of a script
         page = Path(d)/'explore.py'
         page.write_text(f'from self_supervised.explore import explore_page\nexplore_page({[str(o.absolute()) for o in files]}, {size})\n')
-        print(f'The view explorer is at http://127.0.0.1:{port}; Ctrl-C ends it', flush=True)
-        bootstrap.load_config_options(flags)
-        bootstrap.run(str(page), False, [], flags)
+        print(f'The {"image map" if routes else "view explorer"} is at {url}; Ctrl-C ends it', flush=True)
+        if browser: threading.Timer(1, webbrowser.open, [url]).start()
+        App(page, routes=routes() if routes else None).run(config=flags)
