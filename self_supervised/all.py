@@ -33,6 +33,7 @@ from self_supervised.memory import *
 from self_supervised.kmeans import *
 # judges, and runs
 from self_supervised.evaluation import *
+from self_supervised.label_curve import *
 from self_supervised.optimizer import *
 from self_supervised.diagnostics import *
 from self_supervised.loggers import *
