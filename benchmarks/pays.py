@@ -14,7 +14,6 @@ Pretraining: SimCLR without labels, batch 128, fastai's Adam and `fit_one_cycle`
 
 In words: a difference within two standard errors, of the draws and of the test images, is not claimed. The seeds of the pretraining count as draws.
 """
-import hashlib
 from collections import defaultdict
 from copy import deepcopy
 from dataclasses import replace

@@ -27,7 +27,7 @@ from .encoders import create_fastai_encoder, create_timm_encoder
 from .features import class_names, crop_size, first_batch, images_labels, normalization_of
 from .probes import check_draw, check_solver, labelled_features, labelled_loaders, linear_probe
 from .protocols import fine_tune
-from .results import Result, Rows, text_table
+from .results import Rows, text_table
 
 # %% ../nbs/56_label_curve.ipynb #26fa7532
 _untrained = dict(scratch='tab:gray', random='black') # rows of their own colour
