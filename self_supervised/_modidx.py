@@ -671,6 +671,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'self_supervised/label_curve.py'),
                                              'self_supervised.label_curve.LabelCurve.balanced': ( 'label_curve.html#labelcurve.balanced',
                                                                                                   'self_supervised/label_curve.py'),
+                                             'self_supervised.label_curve.LabelCurve.cell': ( 'label_curve.html#labelcurve.cell',
+                                                                                              'self_supervised/label_curve.py'),
                                              'self_supervised.label_curve.LabelCurve.counts': ( 'label_curve.html#labelcurve.counts',
                                                                                                 'self_supervised/label_curve.py'),
                                              'self_supervised.label_curve.LabelCurve.crossing': ( 'label_curve.html#labelcurve.crossing',

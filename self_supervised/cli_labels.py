@@ -48,7 +48,7 @@ def ssl_labels(
     random:bool=False, # a row for the architecture with random weights, too
     fine_tuned:bool=False, # a row for the whole network trained on from its weights, slow, too
     tune_seeds:at_least(1)=None, # draws for what is slow, at most as many as --seeds; default: as many
-    epochs:at_least(1)=None, # of what is slow; default: 20, or more until there were 200 steps
+    tune_steps:at_least(1)=1000, # of the optimiser, at least, and 20 epochs at least, for what is slow
     results:Path=None, # file for the numbers, the picture lies beside it; default: labels.csv beside the encoder
     **kwargs
 ): # `LabelCurve`
@@ -66,7 +66,7 @@ def ssl_labels(
         ours[o] = tuple(extract_features(other, dl, stats) for dl in dls)
     def show(nm, n, r):
         if nm not in ours: print(f'{nm}, {"all" if n is None else n} labels a class: {r.cell} %', flush=True)
-    res = label_curve(ours, dls, (1,2,5,10,50,None) if counts is None else counts, seeds, scratch, random, fine_tuned, tune_seeds, {} if epochs is None else dict(epochs=epochs), stats=q.stats, show=show)
+    res = label_curve(ours, dls, (1,2,5,10,50,None) if counts is None else counts, seeds, scratch, random, fine_tuned, tune_seeds, tune_steps, stats=q.stats, show=show)
     lines = res.numbers()
     with results.open('w', newline='', encoding='utf-8') as f:
         w = csv.DictWriter(f, lines[0])

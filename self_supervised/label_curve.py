@@ -114,13 +114,18 @@ class LabelCurve(dict):
         pairs = [(first,o) for o in self if o!=first] + [(o,'scratch') for o in self if o.endswith(', fine-tuned') and 'scratch' in self]
         return [self.crossing(*o) for o in pairs]
 
+    def cell(self,
+        name:str, # of a row
+        n:int, # labels a class, or None for all
+    ) -> str: # in percent, '' where nothing was asked
+        "A number for a table, with its standard deviation if there are several draws"
+        if n not in self[name]: return ''
+        xs = self.runs(name, n)
+        return f'{100*mean(xs):.1f}' + (f' ± {100*stdev(xs):.1f}' if xs[1:] else '')
+
     def __str__(self):
-        def cell(nm, n):
-            if n not in self[nm]: return ''
-            xs = self.runs(nm, n)
-            return f'{100*mean(xs):.1f}' + (f' ± {100*stdev(xs):.1f}' if xs[1:] else '')
         heads = [f'{"balanced " if self.balanced else ""}accuracy in %, labels a class', *('all' if n is None else str(n) for n in self.counts)]
-        return '\n'.join([text_table([heads, *([nm, *(cell(nm, n) for n in self.counts)] for nm in self)]), '', *(f'- {o}' for o in self.words())])
+        return '\n'.join([text_table([heads, *([nm, *(self.cell(nm, n) for n in self.counts)] for nm in self)]), '', *(f'- {o}' for o in self.words())])
     __repr__ = _repr_markdown_ = __str__
 
     def plot(self,
@@ -164,7 +169,7 @@ def fresh_encoder(
     return res
 
 # %% ../nbs/56_label_curve.ipynb #706da95e
-_tuning = 'epochs','lr','lr_head','bs','resize_scale'
+_tuning = 'lr','lr_head','bs','resize_scale'
 
 def label_curve(
     encoders:dict, # name → encoder or Learner; or its features, ((features (N,F), labels (N,)), (features (M,F), labels (M,))) of the images of `dls.train` and `dls.valid`
@@ -173,9 +178,10 @@ def label_curve(
     seeds:int=5, # draws of the labels, the same for each row
     scratch:bool|nn.Module=True, # a row for training from nothing, slow; an untrained encoder: that one
     random:bool=False, # a row for an untrained encoder, of the architecture of the first
-    fine_tuned:bool=False, # a row more for each encoder: the whole network trained on, slow
+    fine_tuned:bool|list=False, # a row more for each encoder, or for those of these names: the whole network trained on, slow
     tune_seeds:int=None, # draws for `scratch` and `fine_tuned`, at most `seeds`; None: as many
-    tune:dict=None, # arguments to `fine_tune` for both: epochs, lr, lr_head, bs, resize_scale; None: its own
+    tune_steps:int=1000, # of the optimiser, at least, and 20 epochs at least, for both
+    tune:dict=None, # more arguments to `fine_tune` for both: lr, lr_head, bs, resize_scale; None: its own, and bs=64
     C:float=1., # inverse strength of the regularisation
     stats:tuple=None, # (means, stds) to normalise with; None: those of a Learner's view pipelines, or none
     size:int|tuple=None, # pixels of the side, or (h,w), of a centre crop of each image; None: of whole images that of the Learner's largest view
@@ -184,15 +190,17 @@ def label_curve(
     **kwargs, # to `extract_features`, such as `half` and `progress`
 ) -> LabelCurve: # a row for each name
     "Accuracy over labels a class: linear classifiers on frozen features, and whole networks trained on these labels"
-    nets,counts,tune = {k:o for k,o in encoders.items() if isinstance(o, (nn.Module,Learner))},sorted(set(counts), key=lambda n: math.inf if n is None else n),tune or {}
+    nets,counts,tune = {k:o for k,o in encoders.items() if isinstance(o, (nn.Module,Learner))},sorted(set(counts), key=lambda n: math.inf if n is None else n),dict(bs=64) | (tune or {})
     check_solver(C, seeds)
     if bad := [k for k,o in encoders.items() if k not in nets and not (is_listy(o) and len(o)==2 and all(is_listy(p) and len(p)==2 for p in o))]: raise TypeError(
         f'{bad[0]!r} is a {type(encoders[bad[0]]).__name__}, it must be an encoder, a Learner, or features, ((features, labels), (features, labels)) for training and testing')
     if not encoders: raise ValueError('encoders is empty: give {name: encoder}')
     if not counts or any(n is not None and n<1 for n in counts): raise ValueError(f'counts={tuple(counts)} must be numbers of labels a class, 1 or more, or None for all')
     tune_seeds = seeds if tune_seeds is None else tune_seeds
-    if tune_seeds<1 or (bad := set(tune)-set(_tuning)): raise ValueError(f'tune_seeds={tune_seeds} must be 1 or more, and tune may have {", ".join(_tuning)}: {tune}')
-    whole = scratch is not False or fine_tuned
+    if min(tune_seeds, tune_steps)<1 or set(tune)-set(_tuning): raise ValueError(f'tune_seeds={tune_seeds} and tune_steps={tune_steps} must be 1 or more, and tune={tune} may have {", ".join(_tuning)}')
+    tuned = [*nets] if fine_tuned is True else [*(fine_tuned or ())]
+    if bad := [k for k in tuned if k not in nets]: raise ValueError(f'fine_tuned: {bad[0]!r} is no encoder here, there are {", ".join(nets)}')
+    whole = scratch is not False or bool(tuned)
     if dls is None and (nets or whole or random): raise ValueError('dls is missing: encoders, scratch, random and fine_tuned need labelled DataLoaders; with features alone give scratch=False')
     if (scratch is True or random) and not nets and not isinstance(scratch, nn.Module): raise ValueError('scratch and random need an architecture, and all encoders are features: give an untrained encoder as `scratch`, or scratch=False, and leave `random` out')
     loaders = None if dls is None else labelled_loaders(dls)
@@ -202,7 +210,7 @@ def label_curve(
     if whole or random:
         first = next(iter(nets.values()), scratch)
         if scratch is not False or random: blank = scratch if isinstance(scratch, nn.Module) else fresh_encoder(first)
-    rows  = [*encoders, *(f'{k}, fine-tuned' for k in nets if fine_tuned), *(['random'] if random else []), *(['scratch'] if scratch is not False else [])]
+    rows  = [*encoders, *(f'{k}, fine-tuned' for k in tuned), *(['random'] if random else []), *(['scratch'] if scratch is not False else [])]
     if len(set(rows))<len(rows): raise ValueError(f'encoders: {", ".join({o for o in rows if rows.count(o)>1})} is the name of another row: give it another name')
 
     names = loaders and class_names(loaders[0])
@@ -218,14 +226,15 @@ def label_curve(
         args = (o, dls) if isinstance(o, (nn.Module,Learner)) else o
         *data,at = labelled_features(*args, device, least, ('classes',), **({**(how if o is blank else dict(stats=stats, size=size)), **kwargs} if args is not o else {}))
         if labels is None:
-            labels,(sizes) = [y for _,y in data],data[0][1].unique(return_counts=True)[1]
+            labels,sizes = [y for _,y in data],data[0][1].unique(return_counts=True)[1]
             largest,res.n_all = sizes.max().item(),sizes.float().mean().item()
             gone   = [n for n in counts if n is not None and n>largest-(None in counts)]
             counts = [n for n in counts if n not in gone]
             if gone: warn_once(f'the largest class has {largest} labels: what counts asks for beyond, {", ".join(map(str, gone))}, is left out')
         elif not all(torch.equal(a, y) for a,(_,y) in zip(labels, data)): raise ValueError(f'{k!r} has other labels than {rows[0]!r}: features must be of the same images in the same order')
         for n in counts: put(k, n, linear_probe(*data, C=C, n_per_class=n, seeds=1 if n is None else seeds, device=at, names=names))
-    tuned = {f'{k}, fine-tuned':(o,dict(stats=stats, size=size)) for k,o in nets.items() if fine_tuned} | ({} if scratch is False else {'scratch':(blank,how)})
-    for k,(o,own) in tuned.items():
-        for n in counts: put(k, n, fine_tune(o, dls, n_per_class=n or largest, seeds=min(seeds, tune_seeds), device=device, **own, **tune))
+    for k,o,own in [*((f'{k}, fine-tuned', nets[k], dict(stats=stats, size=size)) for k in tuned), *([] if scratch is False else [('scratch', blank, how)])]:
+        for n in counts:
+            batches = -(-sizes.clamp(max=n or largest).sum().item()//tune['bs'])
+            put(k, n, fine_tune(o, dls, n_per_class=n or largest, epochs=max(20, -(-tune_steps//batches)), seeds=min(seeds, tune_seeds), device=device, **own, **tune))
     return res

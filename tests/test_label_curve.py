@@ -77,7 +77,7 @@ def test_whole_networks_are_trained_on_the_same_draws(row):
     Recorder.seen.clear()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        c = label_curve({'a':Recorder()}, dls, counts=(2,), seeds=3, tune_seeds=2, tune=dict(epochs=3), **{'scratch':False, row:True})
+        c = label_curve({'a':Recorder()}, dls, counts=(2,), seeds=3, tune_seeds=2, tune_steps=1, **{'scratch':False, row:True})
     assert list(c)==['a', dict(fine_tuned='a, fine-tuned')[row] if row=='fine_tuned' else 'scratch'] and [len(o[2].runs) for o in c.values()]==[3,2]
     steps = len(Recorder.seen)//2
     for seed in range(2): assert sorted({i for b in Recorder.seen[seed*steps:(seed+1)*steps] for i in b})==drawn(y, 2, seed)
@@ -88,7 +88,7 @@ def test_rows_and_what_is_shown():
     net = nn.Sequential(nn.Conv2d(1,4,3,stride=2), nn.Flatten(), nn.Linear(4*13*13,6))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        c = label_curve({'a':net}, dls, counts=(None,1), seeds=2, random=True, fine_tuned=True, tune=dict(epochs=1), show=lambda *o: shown.append(o))
+        c = label_curve({'a':net}, dls, counts=(None,1), seeds=2, random=True, fine_tuned=True, tune_steps=1, show=lambda *o: shown.append(o))
     assert list(c)==['a','a, fine-tuned','random','scratch'] and all(list(o)==[1,None] for o in c.values())
     assert [o[:2] for o in shown]==[(k,n) for k in ('a','random','a, fine-tuned','scratch') for n in (1,None)] and all(c[k][n] is r for k,n,r in shown)
     assert [len(c[k][None].runs) for k in c]==[1,2,1,2]
@@ -103,9 +103,9 @@ def test_an_untrained_encoder_of_ones_own():
     net,mine = (nn.Sequential(nn.Conv2d(1,4,3,stride=2), nn.Flatten(), nn.Linear(4*13*13,6)) for _ in range(2))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        c = label_curve({'a':net}, dls, counts=(1,), seeds=2, random=True, scratch=mine, tune=dict(epochs=1))
+        c = label_curve({'a':net}, dls, counts=(1,), seeds=2, random=True, scratch=mine, tune_steps=45)
         assert c['random'][1].runs==linear_probe(mine, dls, n_per_class=1, seeds=2).runs
-        assert c['scratch'][1].runs==fine_tune(mine, dls, n_per_class=1, seeds=2, epochs=1).runs
+        assert c['scratch'][1].runs==fine_tune(mine, dls, n_per_class=1, seeds=2, epochs=45).runs
         assert label_curve({'a':pair(net, dls)}, dls, counts=(1,), seeds=2, scratch=False)['a'][1].runs==c['a'][1].runs
 
 def test_new_rows_see_what_the_learner_saw():
@@ -118,9 +118,9 @@ def test_new_rows_see_what_the_learner_saw():
     learn = Learner(dls, create_simclr_model(net, 8, 4), cbs=SimCLR(augs))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        c = label_curve({'a':learn}, dls, counts=(2,), seeds=1, random=True, scratch=mine, tune=dict(epochs=2))
+        c = label_curve({'a':learn}, dls, counts=(2,), seeds=1, random=True, scratch=mine, tune_steps=1, tune=dict(bs=5))
         assert c['random'][2].runs==linear_probe(mine, dls, n_per_class=2, stats=((.3,),(.2,))).runs
-        assert c['scratch'][2].settings['stats'] and c['scratch'][2].runs==fine_tune(mine, dls, n_per_class=2, epochs=2, stats=((.3,),(.2,))).runs
+        assert c['scratch'][2].settings['stats'] and c['scratch'][2].runs==fine_tune(mine, dls, n_per_class=2, epochs=20, bs=5, stats=((.3,),(.2,))).runs
 
 def test_what_no_class_has():
     train,test = blobs((10,10), 1),blobs((10,10), 2)
@@ -140,7 +140,7 @@ def test_some_classes_have_fewer():
     (dict(dls=None), ValueError, 'dls is missing'),
     (dict(counts=()), ValueError, r'counts=\(\) must be'), (dict(counts=(0,1)), ValueError, r'counts=\(0, 1\) must be'),
     (dict(seeds=0), ValueError, 'seeds=0'), (dict(C=0), ValueError, 'C=0 must be positive'),
-    (dict(tune_seeds=0), ValueError, 'tune_seeds=0 must be 1 or more'), (dict(tune=dict(pct=.1)), ValueError, 'tune may have epochs, lr'),
+    (dict(tune_seeds=0), ValueError, 'tune_seeds=0 and tune_steps=1000 must be 1 or more'), (dict(tune=dict(pct=.1)), ValueError, 'may have lr, lr_head'), (dict(fine_tuned=['b']), ValueError, "fine_tuned: 'b' is no encoder here, there are a"),
     (dict(encoders={'scratch':nn.Flatten()}), ValueError, 'scratch is the name of another row'),
     (dict(encoders={'a':nn.Flatten(), 'a, fine-tuned':nn.Flatten()}, fine_tuned=True), ValueError, 'a, fine-tuned is the name of another row'),
     (dict(counts=(500,), scratch=False), ValueError, 'n=500 labels of each class, but the largest class has'),
@@ -353,7 +353,7 @@ def test_command(folder, tmp_path, capsys):
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        c = cli.ssl_labels('random:test_mambaout', folder, counts=[2,None], seeds=2, others=['random:test_vit'], epochs=1, random=True, results=tmp_path/'l.csv', **how)
+        c = cli.ssl_labels('random:test_mambaout', folder, counts=[2,None], seeds=2, others=['random:test_vit'], tune_steps=1, random=True, results=tmp_path/'l.csv', **how)
     said = capsys.readouterr().out
     assert list(c)==['random:test_mambaout','random:test_vit','random','scratch'] and str(c) in said and 'scratch, all labels a class: ' in said and 'random:test_vit, 2' not in said
     with (tmp_path/'l.csv').open() as f: rows = list(csv.DictReader(f))
