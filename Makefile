@@ -51,7 +51,7 @@ test-kill: $(STAMP) ## kill training processes at 45 random moments and let them
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_checkpoint.py tests/test_streams.py -m kill
 
 # The libraries of comparison are an extra. The parts are the files of benchmarks/ but measure.py.
-BENCH := views step methods monitor loader loss clusters checkpointing quality labels robust whole_images streams uncurated recipes explore
+BENCH := views step methods monitor loader loss clusters checkpointing quality labels robust whole_images streams uncurated pays selection search explore recipes
 
 bench: $(BENCH:%=bench-%) ## measure everything against peers and limits, on an idle machine: about seven hours; one part alone: make bench-views
 

@@ -35,6 +35,7 @@ from self_supervised.kmeans import *
 from self_supervised.neighbors import *
 from self_supervised.evaluation import *
 from self_supervised.selection import *
+from self_supervised.label_curve import *
 from self_supervised.optimizer import *
 from self_supervised.diagnostics import *
 from self_supervised.loggers import *

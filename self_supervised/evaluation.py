@@ -45,9 +45,10 @@ def evaluate(
     if few and (y.unique(return_counts=True)[1]<few).all():
         warn_once(f'no class has n_per_class={few} labels, so that a draw of them would be all: that question is left out')
         few = None
-    near = [] if kind=='targets' else [knn(*data, k=k, device=device)]
-    draw = [linear_probe(*data, C=C, n_per_class=few, seeds=seeds, device=device)] if few else []
-    return [*near, *draw, linear_probe(*data, C=C, device=device)]
+    how  = dict(device=device, names=class_names(labelled_loaders(dls)[0]))
+    near = [] if kind=='targets' else [knn(*data, k=k, **how)]
+    draw = [linear_probe(*data, C=C, n_per_class=few, seeds=seeds, **how)] if few else []
+    return [*near, *draw, linear_probe(*data, C=C, **how)]
 
 # %% ../nbs/54_evaluation.ipynb #4fe16fca
 class Comparison(dict):
@@ -56,9 +57,7 @@ class Comparison(dict):
         cols,all_ = list(dict.fromkeys(p for o in self.values() for p in o)),[r for o in self.values() for r in o.values()]
         heads = dict.fromkeys(r.heading + ('' if r.largest is None else f' (largest class {100*r.largest:.1f})') for r in all_)
         rows  = [[' / '.join(heads) or 'accuracy in %', *cols], *([nm, *(o[p].cell if p in o else '' for p in cols)] for nm,o in self.items())]
-        sizes = [max(map(len, c)) for c in zip(*rows)]
-        lines = ['| ' + ' | '.join(c.ljust(n) for c,n in zip(r, sizes)) + ' |' for r in rows]
-        return '\n'.join([lines[0], '|' + '|'.join('-'*(n+2) for n in sizes) + '|', *lines[1:]])
+        return text_table(rows)
     __repr__ = _repr_markdown_ = __str__
 
 # %% ../nbs/54_evaluation.ipynb #79fe351a

@@ -29,7 +29,7 @@ from .features import class_names, crop_size, extract_features, first_batch, ima
 from .heads import model_splitter
 from .packed import PackedImages
 from .pixels import unit_float
-from .probes import check_draw, dataset_labels, labelled_loaders, labels_a_class, number_classes, renumber, sample_per_class
+from .probes import check_draw, dataset_labels, labelled_loaders, labels_a_class, names_of, number_classes, renumber, sample_per_class
 from .ranges import set_raw
 from .results import Result, result_of, top_hits
 from .transforms import RandomCropResize, RandomFlip
@@ -111,7 +111,7 @@ def _on_views(name, encoder, dls, epochs, lrs, sched, pct=None, n_per_class=None
     crop  = [] if resize_scale is None else [RandomCropResize(view, resize_scale), RandomFlip(.5)]
     augs  = ViewPipeline([*crop, *([norm] if norm else [])], split_idx=0)
 
-    hits = []
+    hits,said = [],[]
     for seed in range(seeds):
         ids,net = _part(image_ids(train), y, n_per_class, pct, seed),deepcopy(judged).requires_grad_(tune)
         with no_random(seed, reproducible=False):
@@ -123,8 +123,9 @@ def _on_views(name, encoder, dls, epochs, lrs, sched, pct=None, n_per_class=None
         scores,t = _judge(model, valid, xv)
         t = torch.searchsorted(classes, renumber(t.long(), *names))
         hits.append(top_hits(scores, t))
+        said.append(scores.argmax(1))
     if n_per_class: name = f'{name}, {labels_a_class(y, n_per_class)}'
-    return result_of(name, hits, t, len(classes), opt=opt if tune else None, epochs=epochs, lr=lrs if tune else lrs[1], pct=pct, n_per_class=n_per_class, bs=bs, wd=wd,
+    return result_of(name, hits, t, len(classes), said, names_of(classes, names[0]), opt=opt if tune else None, epochs=epochs, lr=lrs if tune else lrs[1], pct=pct, n_per_class=n_per_class, bs=bs, wd=wd,
                      size=view if isinstance(x, PackedImages) else size, resize_scale=resize_scale, seeds=seeds, stats=stats and tuple(o.flatten().tolist() for o in stats), train=len(ids), test=len(t))
 
 # %% ../nbs/52_protocols.ipynb #332f3592
