@@ -28,7 +28,7 @@ def _images_of(words, run):
 
 @command
 def ssl_embed(
-    encoder:str, # folder of a run, file, released name, or random:ARCH
+    encoder:str, # folder of a run, file, released name, random:ARCH or imagenet:ARCH
     source:Annotated[str, {'opt':False, 'nargs':'+'}], # folders of images, image files, text files with the name of an image in each line; or archives, tables and addresses
     out:Path=None, # the table; default: features.parquet in the folder of the run, or here
     labels:bool=False, # the folder of an image is its label
@@ -112,8 +112,9 @@ class _Answer:
 
 def _numbers(q, words, what):
     "Numbers of the images that `words` name, as the table does or as files; -1 for files that it does not have"
-    real  = {os.path.realpath(o):i for i,o in enumerate(q.paths)}
     names = {o:i for i,o in enumerate(q.df.path)}
+    last  = {os.path.basename(o) for o in words if str(o) not in names}
+    real  = {os.path.realpath(o):i for i,o in enumerate(q.paths) if os.path.basename(o) in last}
     res   = [names.get(str(o), real.get(os.path.realpath(os.path.expanduser(o)), -1)) for o in words]
     if bad := [str(o) for o,i in zip(words, res) if i<0 and not Path(o).expanduser().is_file()]: raise ValueError(
         f'{what} {bad[0]} is not in {q.files[0]}, and no file' + (f'; nor are {len(bad)-1} more' if bad[1:] else '') + f': {nearest(bad[0], list(names)[:10_000], "give paths as they are in the table")}')

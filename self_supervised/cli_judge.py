@@ -23,15 +23,16 @@ from .cli_command import at_least, check_writable, command, known, labelled_fold
 def _is_checkpoint(p): return p.is_file() and p.suffix=='.ckpt' and (p.absolute().parents[1]/'settings.json').is_file()
 
 def find_encoder(
-    name:str, # folder of a run, file, released name, or random:ARCH
+    name:str, # folder of a run, file, released name, random:ARCH or imagenet:ARCH
 ) -> tuple: # its file, or None if it has to be made, and the folder for what is found out about it
     "What the name of an encoder stands for"
     p = Path(name).expanduser()
+    if name in ('random:','imagenet:'): raise ValueError(f'{name} names no architecture: write {name}resnet50')
     if _is_checkpoint(p): return p,p.parents[1]
     if p.is_file(): return p,p.parent
     if (p/'encoder.safetensors').is_file(): return p/'encoder.safetensors',p
-    if any(p.glob('checkpoints/*.ckpt')) or name.startswith('random:') or name in known()['weights']: return None,p if p.is_dir() else Path()
-    raise ValueError(f'{name} is not a folder of a run (with encoder.safetensors or checkpoints/), not a file, not random:ARCH and not a released name: '
+    if any(p.glob('checkpoints/*.ckpt')) or name.startswith(('random:','imagenet:')) or name in known()['weights']: return None,p if p.is_dir() else Path()
+    raise ValueError(f'{name} is not a folder of a run (with encoder.safetensors or checkpoints/), not a file, not random:ARCH or imagenet:ARCH and not a released name: '
                      + nearest(name, list(known()['weights'])))
 
 # %% ../nbs/71_cli_judge.ipynb #388e136d
@@ -80,7 +81,7 @@ def open_encoder(
     from fastai.vision.all import default_device, imagenet_stats
     from self_supervised.encoders import create_encoder, encoder_channels
     from self_supervised.export import check_finite, encoder_info, load_encoder
-    if name.startswith('random:'): encoder = create_encoder(name[7:], pretrained=False, n_in=n_in or 3, pool_type='avg')
+    if name.startswith(('random:','imagenet:')): encoder = create_encoder(name.partition(':')[2], pretrained=name[0]=='i', n_in=n_in or 3, pool_type='avg')
     elif foreign or name in weights:
         import self_supervised.pretrained # noqa: F401 (knows the names)
         encoder = create_encoder(arch or weights.get(name, 'resnet50'), pretrained=name, n_in=n_in or 3)
@@ -103,6 +104,7 @@ def first_encoder(
     n_in:int, # channels
 ): # encoder
     "The encoder of `recipe` with the weights that `init` stands for"
+    if init.startswith('imagenet:'): raise ValueError(f'--init {init}: the recipe says the architecture; write --init imagenet')
     if init.startswith('random:'): raise ValueError(f'--init {init} has learned nothing: leave it out')
     file,home = (None,None) if init=='imagenet' else find_encoder(init)
     from self_supervised.export import load_encoder
@@ -193,7 +195,7 @@ def _rounded(o):
 class Judge:
     "An encoder, data to judge it on, and where to write the answer"
     def __init__(self,
-        encoder:str, # folder of a run, file, released name, or random:ARCH
+        encoder:str, # folder of a run, file, released name, random:ARCH or imagenet:ARCH
         data:str, # folder with one folder for each class, or with train/ and val/ of that kind
         size:Annotated[at_least(1), {'nargs':'+'}]=None, # pixels of an image, or height and width; default: as in pretraining
         resize:Annotated[at_least(1), {'nargs':'+'}]=None, # the centre is cut from images of so many pixels; default: 256 for 224 and in proportion, below 96 the size itself
@@ -246,7 +248,7 @@ class Judge:
 @command
 @delegates(Judge)
 def ssl_knn(
-    encoder:str, # folder of a run, file, released name, or random:ARCH
+    encoder:str, # folder of a run, file, released name, random:ARCH or imagenet:ARCH
     data:str, # folder with one folder for each class, or with train/ and val/ of that kind
     k:at_least(1)=None, # neighbours that vote; default: 20, or all there are if these are fewer
     temp:float=.07, # temperature of their weights
@@ -261,7 +263,7 @@ def ssl_knn(
 @command
 @delegates(Judge)
 def ssl_linear(
-    encoder:str, # folder of a run, file, released name, or random:ARCH
+    encoder:str, # folder of a run, file, released name, random:ARCH or imagenet:ARCH
     data:str, # folder with one folder for each class, or with train/ and val/ of that kind
     epochs:at_least(1)=None, # passes over the images; default: 100
     lr:float=None, # learning rate at the start, for batch 256; default: 0.3
@@ -296,7 +298,7 @@ _part.__name__ = 'part'
 @command
 @delegates(Judge)
 def ssl_semisup(
-    encoder:str, # folder of a run, file, released name, or random:ARCH
+    encoder:str, # folder of a run, file, released name, random:ARCH or imagenet:ARCH
     data:str, # folder with one folder for each class, or with train/ and val/ of that kind
     pct:Annotated[_part, {'opt':True, 'default':None}]=None, # part of the labels, 0.01 or 1%, 0.1 or 10%
     n_per_class:at_least(1)=None, # or how many labels of each class
@@ -321,7 +323,7 @@ def ssl_export(
 ): # the file
     "Write the encoder of a run, or of its newest checkpoint, for this or another library"
     file,home = find_encoder(run)
-    if run.startswith('random:') or layout=='ours' and run in known()['weights']: raise ValueError(f'{run} is no run of yours: give the folder of one, or the file of an encoder')
+    if run.startswith(('random:','imagenet:')) or layout=='ours' and run in known()['weights']: raise ValueError(f'{run} is no run of yours: give the folder of one, or the file of an encoder')
     out = Path(out).expanduser()
     if not out.parent.is_dir() or out.is_dir(): raise ValueError(f'--out {out} must be a file in a folder that there is')
     check_writable(out.parent, '--out')

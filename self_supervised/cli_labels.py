@@ -16,17 +16,6 @@ from .cli_command import at_least, command
 from .cli_judge import Judge, find_encoder, open_encoder
 
 # %% ../nbs/72_cli_labels.ipynb #3c7aa900
-def _other(name, n_in):
-    "The encoder that `name` stands for, and its normalisation"
-    if not name.startswith('imagenet:'): return open_encoder(name, n_in=n_in)[::2]
-    from fastai.vision.all import default_device, imagenet_stats
-    from self_supervised.encoders import create_encoder
-    return create_encoder(name[9:], pretrained=True, n_in=n_in, pool_type='avg').to(default_device()),imagenet_stats if n_in==3 else None
-
-def _check_other(name):
-    if not name.startswith('imagenet:'): return find_encoder(name)
-    if not name[9:]: raise ValueError(f'{name} names no architecture: write imagenet:resnet50')
-
 def _count(s):
     if s=='all': return
     try: n = int(s)
@@ -39,11 +28,11 @@ _count.__name__ = 'int'
 @command
 @delegates(Judge)
 def ssl_labels(
-    encoder:str, # folder of a run, file, released name, or random:ARCH
+    encoder:str, # folder of a run, file, released name, random:ARCH or imagenet:ARCH
     data:str, # folder with one folder for each class, or with train/ and val/ of that kind
     counts:Annotated[_count, {'opt':True, 'nargs':'+', 'default':None}]=None, # labels a class; default: 1 2 5 10 50 all
     seeds:at_least(1)=5, # draws of the labels
-    others:Annotated[str, {'opt':True, 'nargs':'+', 'default':None}]=None, # more encoders, named like the first, or imagenet:ARCH
+    others:Annotated[str, {'opt':True, 'nargs':'+', 'default':None}]=None, # more encoders, named like the first
     scratch:bool=True, # leave out the training from nothing, which is slow
     random:bool=False, # a row for the architecture with random weights, too
     fine_tuned:bool=False, # a row for the whole network trained on from its weights, slow, too
@@ -53,7 +42,7 @@ def ssl_labels(
     **kwargs
 ): # `LabelCurve`
     "Does pretraining pay? Accuracy over labels a class, against training from nothing"
-    for o in others or (): _check_other(o)
+    for o in others or (): find_encoder(o)
     results = Path(results or find_encoder(encoder)[1]/'labels.csv').expanduser()
     if results.suffix!='.csv': raise ValueError(f'--results {results} must be a name that ends in .csv: the picture lies beside it, with .png')
     q = Judge(encoder, data, results=results, **kwargs)
@@ -62,7 +51,7 @@ def ssl_labels(
     from self_supervised.label_curve import label_curve
     dls,n_in,ours = q.dls(),q.dls_args['n_in'],{encoder:q.encoder}
     for o in others or ():
-        other,stats = _other(o, n_in)
+        other,_,stats = open_encoder(o, n_in=n_in)
         ours[o] = tuple(extract_features(other, dl, stats) for dl in dls)
     def show(nm, n, r):
         if nm not in ours: print(f'{nm}, {"all" if n is None else n} labels a class: {r.cell} %', flush=True)

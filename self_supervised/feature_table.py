@@ -147,7 +147,7 @@ def read_features(
 def read_thumbnails(
     path:str|Path, # a file of `embed`, or the folder of a run that holds one
     ids:list, # numbers of images, in any order
-) -> list: # of bytes, JPEG; of files without small pictures they are made from the images
+) -> list: # of bytes, JPEG; of tables without small pictures they are made from the images, None where that cannot be
     "The small pictures of images"
     file,ids = _table(path),[int(o) for o in ids]
     n = file.metadata.num_rows
@@ -159,4 +159,7 @@ def read_thumbnails(
     res    = [found[g][i-int(ends[g-1] if g else 0)].as_py() for g,i in zip(group, ids)]
     if column=='thumbnail': return res
     root = json.loads(file.schema_arrow.metadata[b'self_supervised'])['root']
-    return [make_thumbnail(open_image(Path(root)/o, None, short_side=thumbnail_side).as_subclass(Tensor)) for o in res]
+    def made(o):
+        try: return make_thumbnail(open_image(Path(root)/o, None, short_side=thumbnail_side).as_subclass(Tensor))
+        except ValueError: return # it is gone, or damaged
+    return list(map(made, res))
