@@ -158,7 +158,7 @@ def read_thumbnails(
     found  = {g:file.read_row_group(g, columns=[column])[column] for g in set(group)}
     res    = [found[g][i-int(ends[g-1] if g else 0)].as_py() for g,i in zip(group, ids)]
     if column=='thumbnail': return res
-    root = json.loads(file.schema_arrow.metadata[b'self_supervised'])['root']
+    root = json.loads(file.schema_arrow.metadata[b'self_supervised']).get('root', '')
     def made(o):
         try: return make_thumbnail(open_image(Path(root)/o, None, short_side=thumbnail_side).as_subclass(Tensor))
         except ValueError: return # it is gone, or damaged

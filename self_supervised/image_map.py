@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .feature_table import read_features, read_thumbnails
-from .neighbors import cluster, find_duplicates, find_outliers
+from .neighbors import find_duplicates, find_outliers
 from .pictures import pca_map, tsne_map
+from .selection import cluster
 
 # %% ../nbs/70_image_map.ipynb #22e6878a
 def map_method() -> str: # 'umap' or 'tsne'

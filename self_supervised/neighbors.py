@@ -30,14 +30,17 @@ def nearest(
     device:torch.device=None, # where to compute; None: where the features are
 ) -> tuple: # cosines (Q,k), the largest first, and numbers of rows (Q,k)
     "The `k` rows of `features` with the largest cosine to each query"
-    device,found = device or features.device,[]
+    device,found = torch.device(device or features.device),[]
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    block = None if (features.dtype,features.device)==(dtype,device) else torch.empty(min(chunk, len(features)), features.shape[1], dtype=dtype, device=device) # one for all: new memory costs more than the search
     for i in range(0, len(queries), chunk):
         q    = _unit(queries[i:i+chunk], device)
         sims = q.new_empty(len(q), 0)
         near = sims.long() # numbers of the nearest so far
         mine = None if own is None else own[i:i+chunk].to(device)
         for j in range(0, len(features), chunk):
-            rows = features[j:j+chunk].to(device, q.dtype)
+            rows = features[j:j+chunk]
+            if block is not None: rows = block[:len(rows)].copy_(rows)
             s    = (q@rows.T).div_(rows.norm(dim=1).clamp(min=1e-12))
             if mine is not None:
                 there = ((mine>=j) & (mine<j+len(rows))).nonzero()[:,0]

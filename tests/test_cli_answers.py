@@ -64,7 +64,7 @@ def test_embed(photos, table, say, tmp_path, monkeypatch):
     (tmp_path/'names.txt').write_text('\n'.join(str(photos/df.path[i]) for i in (3,1)))
     code,out,_ = say('ssl_embed', 'random:resnet18', 'names.txt', photos/'val'/'a'/'again.png', '--size', 28, 20, '--half', '--thumbnail', 0, '--stats', *'000111', '--bs', 2)
     y,dg = read_features('features.parquet') # here, as the encoder is no run
-    assert code==0 and '3 images' in out and y.dtype==torch.float16 and dg.attrs['size']==[28,20] and dg.attrs['normalization']==dict(mean=[0,0,0], std=[1,1,1]) and 'label' not in dg
+    assert not code and '3 images' in out and y.dtype==torch.float16 and dg.attrs['size']==[28,20] and dg.attrs['normalization']==dict(mean=[0,0,0], std=[1,1,1]) and 'label' not in dg
     assert sorted(Path(o).name for o in dg.path)==sorted([Path(df.path[3]).name, Path(df.path[1]).name, 'again.png'])
 
 def test_duplicates(photos, table, tmp_path, say):
