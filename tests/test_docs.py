@@ -121,7 +121,7 @@ class Colour(enum.Enum): red = 1
     ((3/4, 4/3), '(3/4, 4/3)'), ([0., 1/3, 1], '[0, 1/3, 1]'), ((.08, 1.), '(0.08, 1.0)'), ((1/3, 1e-6), '(1/3, 1e-6)'), ((1,), '(1,)'), ((), '()'), ({'a':1/3}, "{'a': 1/3}"), (((3/4, 4/3), .75), '((3/4, 4/3), 0.75)'),
     (9999, '9999'), (1281167, '1_281_167'), (True, 'True'), (None, 'None'), ('<a>', "'<a>'"),
     (imagenet_stats, 'imagenet_stats'), (Colour.red, 'Colour.red'), (torch.nn.ReLU, 'ReLU'), (shutil.copy, 'copy'), (functools.partial(shutil.copy, follow_symlinks=False), 'partial(copy, follow_symlinks=False)'), (root.relative_to(root)/'a', "Path('a')"), (torch.float32, 'torch.float32'),
-], ids=repr)
+])
 def test_literal(v, s): assert build.literal(v)==s
 
 @pytest.mark.parametrize('v', [object(), lambda: 0, [lambda: 0]], ids=['object','lambda','in a list'])
