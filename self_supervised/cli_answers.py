@@ -126,6 +126,7 @@ def _features_of(q, files, encoder):
     from self_supervised.embed import embed
     from self_supervised.feature_table import read_features
     name = encoder or q.about['model']
+    if not q.about['size']: raise ValueError(f'{files[0]} is not in {q.files[0]}, which was made of a loader that cut its images itself: give images of the table')
     try: model = open_encoder(name)[0]
     except (ValueError,OSError) as e: raise ValueError(f'{files[0]} is not in the table, and the encoder that this was made with, {name}, is not to be had ({e}): give --encoder') from e
     norm = q.about['normalization']

@@ -52,7 +52,7 @@ def _label_of(sample):
 
 class _Files:
     "Items of shards"
-    def __init__(self, source, label_func, num_workers, thumbnail, n_in, short_side, **how):
+    def __init__(self, source, label_func, num_workers, thumbnail, n_in, short_side, max_value, background):
         self.shards,self.thumbnail,self.n_in,self.num_workers = open_shards(source),thumbnail,n_in,num_workers
         self.sizes = shard_sizes(self.shards)
         self.n     = sum(self.sizes)
@@ -60,8 +60,8 @@ class _Files:
         self.root  = '' if not self.files else os.path.abspath(os.path.expanduser(source)) if isinstance(source, (str,os.PathLike)) else \
                      os.path.commonpath([os.path.dirname(os.path.abspath(f)) for o in self.shards for f in o.files])
         self.label = label_func or (None if self.files else _label_of)
-        if self.files: how = {**how, **common_depth([f for o in self.shards for f in o.files], n_in, how.pop('max_value', None))}
-        self.open  = partial(open_image, size=None, n_in=n_in, short_side=short_side, **how)
+        depth = common_depth([f for o in self.shards for f in o.files], n_in, max_value) if self.files else dict(dtype=torch.uint8 if max_value is None else torch.float32, max_value=max_value)
+        self.open  = partial(open_image, size=None, n_in=n_in, short_side=short_side, background=background, **depth)
 
     def mark(self): return crc32('\n'.join(f'{o.name} {n}' + ''.join(map(str, getattr(o, 'files', ()))) for o,n in zip(self.shards, self.sizes)).encode(errors='surrogateescape'))
 
@@ -107,7 +107,7 @@ def _names(dl):
 
 class _Loader:
     "Items of a loader"
-    files,root = False,''
+    root = ''
     def __init__(self, dl, norm, thumbnail): self.dl,self.norm,self.thumbnail,self.n = dl,norm,thumbnail,None
     def mark(self): return 0
     def __call__(self, start):
@@ -183,12 +183,14 @@ def embed(
     if out.exists() and not overwrite: raise ValueError(f'out={str(out)!r} is there already: pass overwrite=True, or another name')
     model,said,size,stats = _opened(encoder, size, stats)
     norm,inner = normalization_of(model, stats),encoder_of(model)
-    if hasattr(source, 'dataset') or hasattr(source, 'one_batch'): items,crop,cut = _Loader(source, norm, thumbnail),_together,dict(size=size)
+    if hasattr(source, 'dataset') or hasattr(source, 'one_batch'):
+        if label_func or max_value: raise ValueError(f'{"label_func" if label_func else "max_value"} is for files and shards: a loader gives labels and pixels as it will, so leave it out')
+        items,crop,cut = _Loader(source, norm, thumbnail),_together,dict(size=size)
     else:
         n_in  = encoder_channels(inner)
         size  = crop_size(model, pack_images([torch.zeros(n_in, 64, 64, dtype=torch.uint8)]), size)
         share = 7/8 if min(size)>=96 else 1. # small images are seen as they are
-        items = _Files(source, label_func, min(8, defaults.cpus) if num_workers is None else num_workers, thumbnail, n_in, max(thumbnail_side, math.ceil(max(size)/share)), max_value=max_value, background=background)
+        items = _Files(source, label_func, min(8, defaults.cpus) if num_workers is None else num_workers, thumbnail, n_in, max(thumbnail_side, math.ceil(max(size)/share)), max_value, background)
         crop,cut = (lambda xs: center_crop(pack_images(xs), size, share)),{}
     looks = dict(size=size and list(check_size(size)), normalization=norm and {k:[round(o, 6) for o in getattr(norm, k).flatten().tolist()] for k in ('mean','std')}, half=half)
     parts = out.with_name(f'{out.name}.parts')

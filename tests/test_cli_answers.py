@@ -122,6 +122,11 @@ def test_similar_to_an_image_that_is_not_there(photos, table, tmp_path, say):
     code,_,err = say('ssl_similar', run, tmp_path/'new.jpg', '--encoder', 'random:test_mambaout')
     assert code==1 and 'give the one it was made with' in err
 
+def test_a_table_of_a_loader(photos, tmp_path):
+    embed(create_encoder('resnet18', pretrained=False), image_dls(photos/'train', size=32, bs=8, num_workers=0).train, tmp_path/'features.parquet')
+    assert len(rows(cli.ssl_similar(tmp_path/'features.parquet', str(photos/'train'/'a'/'04.png'), k=3)))==3
+    with pytest.raises(ValueError, match='made of a loader'): cli.ssl_similar(tmp_path/'features.parquet', str(photos/'val'/'a'/'24.png'))
+
 def test_select(photos, table, tmp_path, say):
     x,df = read_features(table)
     out = cli.ssl_select(table, n=5, out=tmp_path/'a.csv')

@@ -201,6 +201,15 @@ def test_16_bits(tmp_path):
     torch.testing.assert_close(x[0], Middle(1)(torch.from_numpy(a.astype(np.float32)/4095)[None,None])[0].detach(), atol=1e-4, rtol=1e-4)
     assert np.asarray(Image.open(io.BytesIO(read_thumbnails(tmp_path/'f.parquet', [0])[0]))).max()>220
 
+def test_16_bits_in_shards(tmp_path):
+    "They are used if it is said what is white, and listed if not"
+    for i in range(4): (noise(40, 40, i).convert('L') if i%2 else Image.fromarray(np.full((40,40), 1000, np.uint16))).save(tmp_path/f'{i}.png')
+    write_shards(tmp_path, tmp_path/'shards', seed=None)
+    _,df = make(Middle(1), tmp_path/'shards', tmp_path/'a.parquet', size=40)
+    assert len(df)==2 and 'more than 8 bits' in (tmp_path/'a.bad.csv').read_text()
+    x,_ = make(Middle(1), tmp_path/'shards', tmp_path/'b.parquet', size=40, max_value=4095)
+    torch.testing.assert_close(x[0], torch.full((36,), 1000/4095), atol=1e-4, rtol=1e-4)
+
 # Stopped, and again
 
 class Stop(Exception): pass
@@ -257,6 +266,9 @@ def test_mistakes(photos, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='overwrite=True'): embed(Middle(), photos, tmp_path/'g.parquet', size=28)
     make(Middle(), good(photos)[:3], tmp_path/'g.parquet', size=28, overwrite=True)
     assert len(read_features(tmp_path/'g.parquet')[0])==3 and not (tmp_path/'g.bad.csv').exists()
+    dl = tensor_dls(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), bs=2).train
+    for kw in (dict(label_func=parent_label), dict(max_value=255)):
+        with pytest.raises(ValueError, match=f'{next(iter(kw))} is for files and shards'): embed(Middle(), dl, tmp_path/'h.parquet', **kw)
     import pyarrow as pa
     pq.write_table(pa.table({'a':[1]}), tmp_path/'other.parquet')
     with pytest.raises(ValueError, match='is a table, but not one of embed'): read_features(tmp_path/'other.parquet')
