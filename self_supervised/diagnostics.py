@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['healthy_ranges', 'projection_std', 'effective_rank', 'code_stats', 'Symptoms', 'CollapseMonitor', 'show_prototypes',
-           'plot_codes', 'plot_map', 'show_neighbors']
+           'plot_codes', 'plot_map', 'show_neighbors', 'pca_map', 'tsne_map', 'prototype_scores']
 
 # %% ../nbs/62_diagnostics.ipynb #dd3c4344
 from .monitor import *
@@ -12,4 +12,4 @@ from .pictures import *
 
 # %% ../nbs/62_diagnostics.ipynb #a7467b80
 _all_ = ['healthy_ranges', 'projection_std', 'effective_rank', 'code_stats', 'Symptoms', 'CollapseMonitor',
-         'show_prototypes', 'plot_codes', 'plot_map', 'show_neighbors']
+         'show_prototypes', 'plot_codes', 'plot_map', 'show_neighbors', 'pca_map', 'tsne_map', 'prototype_scores']
