@@ -11,7 +11,7 @@ from collections import namedtuple
 # %% ../nbs/01_methods.ipynb #a0776c16
 SSLMethod       = namedtuple('SSLMethod', 'name callback model create_model get_aug_pipelines loss recipes weights')
 OfficialWeights = namedtuple('OfficialWeights', 'arch method epochs batch crops top1 url prefix head args', defaults=('','',{}))
-_methods,_classes = {},{} # name → method; class → name. Classes of an earlier registration stay known: a cell that is run again makes new ones
+_methods,_former = {},{} # name → method; class → method, of registrations that another took the place of: a cell that is run again makes new classes
 
 def register_method(
     name:str, # name of the method, also that of its module
@@ -24,7 +24,7 @@ def register_method(
     weights:dict=None, # name → `OfficialWeights` that the authors of the method have released
 ) -> SSLMethod: # what was registered
     "Make a method known under `name`"
-    for c in (callback,model): _classes.setdefault(c, name)
+    if old := _methods.get(name): _former.update({old.callback:old, old.model:old})
     _methods[name] = SSLMethod(name, callback, model, create_model, get_aug_pipelines, loss, dict(recipes or {}), dict(weights or {}))
     return _methods[name]
 
@@ -37,4 +37,5 @@ def method_of(
     o, # a callback or a model of a method, without wrappers
 ) -> SSLMethod: # None if it belongs to none
     "The registered method that `o` belongs to"
-    return next((_methods[_classes[c]] for c in type(o).__mro__ if _classes.get(c) in _methods), None)
+    known = {**_former, **{c:m for m in reversed(_methods.values()) for c in (m.callback, m.model)}}
+    return next((known[c] for c in type(o).__mro__ if c in known), None)
