@@ -240,7 +240,7 @@ def test_pages(browser, served, pages):
             p.set_viewport_size(dict(width=390, height=800))
             assert p.evaluate('document.documentElement.scrollWidth')<=390, page
             index = sum(v for k,v in sizes.items() if k.endswith('search_index.json')) # which the browser fetches after the page
-            assert 1e5<sum(sizes.values())-index<7e5 and 0<index<7e5, (page, sizes)
+            assert 1e5<sum(sizes.values())-index<8e5 and 0<index<8e5, (page, sizes)
 
 def test_front(browser, served):
     "What it is, a picture, the lines for one's own images and the two commands are seen at once"

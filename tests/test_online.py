@@ -79,8 +79,8 @@ def test_from_a_later_epoch():
 
 def test_statistics_and_precision_are_passed_on():
     dls,kw = labelled(200, classes=8),dict(stats=([.9],[.02]), half=True)
-    learn = fit('swav', [OnlineKNN(dls, k=20, temp=.002, **kw), OnlineProbe(dls, C=1e-4, **kw)], epochs=1)
-    want = [[float(f(learn, dls, **k)) for f,k in ((partial(knn, temp=.002), o), (partial(linear_probe, C=1e-4), o))] for o in (kw, {})]
+    learn = fit('swav', [OnlineKNN(dls, k=20, temp=1e-4, **kw), OnlineProbe(dls, C=1e-4, **kw)], epochs=1)
+    want = [[float(f(learn, dls, **k)) for f,k in ((partial(knn, temp=1e-4), o), (partial(linear_probe, C=1e-4), o))] for o in (kw, {})]
     assert learn.recorder.values[0][-2:]==want[0] and all(a!=b for a,b in zip(*want)) and all(a!=float(f(learn, dls, **kw)) for a,f in zip(want[0], (knn,linear_probe)))
 
 def test_save_model(tmp_path):
