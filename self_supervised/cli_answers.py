@@ -51,18 +51,17 @@ def ssl_embed(
     if out.is_dir(): raise ValueError(f'--out {out} is a folder: give the name of a file, such as {out}/features.parquet')
     check_writable(out.parent, '--out')
     if out.exists() and not overwrite: raise ValueError(f'{out} is there already: add --overwrite, or give another --out')
+    if labels and is_sharded(_list(source)): raise ValueError('--labels is for folders of images: shards have labels beside their images, which are used, so leave it out')
     source,said = _images_of(_list(source), run or Path('/nowhere')),json.loads((run/'settings.json').read_text()).get('data', {}) if run else {}
     model,used,norm = open_encoder(encoder, arch)
     from self_supervised.embed import embed
-    from self_supervised.feature_table import read_features
     def label(o): return o.parent.name
     if stats: norm = tuple(stats[i*len(stats)//2:(i+1)*len(stats)//2] for i in (0,1))
     size = used if size is None else size[0] if len(size)==1 else tuple(size)
     out.parent.mkdir(parents=True, exist_ok=True)
-    embed(model, source, out, label if labels and not is_sharded(_list(source)) else None, size, norm, bs, half, thumbnail, part, workers, max_value or said.get('max_value'), background or said.get('background') or 'white',
+    embed(model, source, out, label if labels else None, size, norm, bs, half, thumbnail, part, workers, max_value or said.get('max_value'), background or said.get('background') or 'white',
           name=encoder, progress=True, overwrite=overwrite)
-    n,f = read_features(out)[0].shape
-    print(f'{out} holds {f} features of each of {n:,} images, for ssl_similar, ssl_duplicates, ssl_select and ssl_explore')
+    print(f'The features are in {out}, for ssl_similar, ssl_duplicates, ssl_select and ssl_explore')
     return out
 
 # %% ../nbs/72_cli_answers.ipynb #16c6692b
@@ -74,7 +73,7 @@ class _Answer:
         self.files = [features_file(o) for o in _list(features)]
         xs,dfs     = zip(*map(read_features, self.files))
         self.about = dfs[0].attrs
-        if len({json.dumps([o.attrs[k] for k in ('architecture','normalization','size','features')]) for o in dfs})>1: raise ValueError(
+        if len({json.dumps([o.attrs[k] for k in ('weights','normalization','size')]) for o in dfs})>1: raise ValueError(
             f'{" and ".join(map(str, self.files))} were made with different encoders or settings: make them with one')
         self.features,self.df = torch.cat(xs) if xs[1:] else xs[0],pd.concat(dfs, ignore_index=True)
         self.paths = [os.path.join(df.attrs['root'], o) for df in dfs for o in df.path]
@@ -130,9 +129,9 @@ def _features_of(q, files, encoder):
     try: model = open_encoder(name)[0]
     except (ValueError,OSError) as e: raise ValueError(f'{files[0]} is not in the table, and the encoder that this was made with, {name}, is not to be had ({e}): give --encoder') from e
     norm = q.about['normalization']
-    with TemporaryDirectory() as d: x,_ = read_features(embed(model, list(files), Path(d)/'features.parquet', size=tuple(q.about['size']), stats=norm and (norm['mean'],norm['std']), thumbnail=0))
+    with TemporaryDirectory() as d: x,df = read_features(embed(model, list(files), Path(d)/'features.parquet', size=tuple(q.about['size']), stats=norm and (norm['mean'],norm['std']), thumbnail=0))
     if len(x)<len(files): raise ValueError(f'{len(files)-len(x)} of {", ".join(map(str, files))} cannot be read')
-    if x.shape[1]!=q.features.shape[1]: raise ValueError(f'--encoder {name} gives {x.shape[1]} features, and the table has {q.features.shape[1]}: give the one it was made with')
+    if df.attrs['weights']!=q.about['weights']: raise ValueError(f'{name} has other weights than the encoder that {q.files[0]} was made with: give that one as --encoder, or make the table again')
     return x
 
 @command

@@ -194,7 +194,8 @@ def embed(
         crop,cut = (lambda xs: center_crop(pack_images(xs), size, share)),{}
     looks = dict(size=size and list(check_size(size)), normalization=norm and {k:[round(o, 6) for o in getattr(norm, k).flatten().tolist()] for k in ('mean','std')}, half=half)
     parts = out.with_name(f'{out.name}.parts')
-    begin_parts(parts, dict(**looks, weights=_crc(inner), images=items.mark(), part=part, thumbnail=thumbnail))
+    weights = _crc(inner)
+    begin_parts(parts, dict(**looks, weights=weights, images=items.mark(), part=part, thumbnail=thumbnail))
     done  = len(parts_of(parts))
     with closing(items(done*part)) as stream:
         while True:
@@ -208,7 +209,7 @@ def embed(
             done += 1
     made = getattr(unwrapped(inner), 'made_with', None)
     n    = done*part+len(rows)+len(bad)
-    bad  = join_parts(parts, out, dict(model=name or said, architecture=made['arch'] if made else type(inner).__name__, **looks, root=items.root, self_supervised=__version__, time=time.strftime('%Y-%m-%d %H:%M:%S')))
+    bad  = join_parts(parts, out, dict(model=name or said, architecture=made['arch'] if made else type(inner).__name__, **looks, weights=weights, root=items.root, self_supervised=__version__, time=time.strftime('%Y-%m-%d %H:%M:%S')))
     shutil.rmtree(parts)
     list_bad(out, bad, n)
     return out
