@@ -17,7 +17,7 @@ comma      := ,
 
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test test-fast check lint sync notebooks pytest test-kill bench docs docs-serve export clean-nbs
+.PHONY: help demo test test-fast check lint sync notebooks pytest test-kill test-gpu bench docs docs-serve export clean-nbs
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
@@ -49,6 +49,10 @@ pytest: $(STAMP) ## the tests under tests/
 
 test-kill: $(STAMP) ## kill training processes at 45 random moments and let them go on: some ten minutes, not part of test
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_checkpoint.py tests/test_streams.py -m kill
+
+# pytest ends with 5 where all is skipped
+test-gpu: $(STAMP) ## views, methods, files and processes on a CUDA card against the CPU; skipped where there is none
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 4 tests/test_gpu.py || [ $$? = 5 ]
 
 # The libraries of comparison are an extra. The parts are the files of benchmarks/ but measure.py.
 BENCH := views step methods monitor loader loss clusters checkpointing quality labels robust whole_images streams uncurated pays selection search explore recipes

@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 preload = 'self_supervised.all', 'self_supervised.cli'
+no_card = dict(CUDA_VISIBLE_DEVICES='', PYTORCH_NVML_BASED_CUDA_CHECK='1') # for the parent: no fork can use a card that it has only looked for
 
 if __name__!='__main__': os.environ.setdefault('SSL_TESTS_PARENT', f'{tempfile.gettempdir()}/ssl_tests_{os.getpid()}') # the folder of the parent; workers of pytest-xdist share it
 
@@ -53,7 +54,7 @@ def _parent():
                 s.bind(str(folder/'socket'))
                 s.listen(100)
                 subprocess.Popen([sys.executable, __file__, str(s.fileno())], pass_fds=[s.fileno()], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                 cwd=Path(__file__).parent, env={**os.environ, 'OMP_NUM_THREADS':'1', 'MPLBACKEND':'Agg'}, start_new_session=True)
+                                 cwd=Path(__file__).parent, env={**os.environ, 'OMP_NUM_THREADS':'1', 'MPLBACKEND':'Agg', **no_card}, start_new_session=True)
                 _user = _connect()
         _send(_user, None)
     atexit.register(_user.close)
@@ -140,11 +141,11 @@ def run(what, *args, timeout=None, **kwargs):
         p.wait(timeout)
         return subprocess.CompletedProcess(p.args, p.returncode, p.out(), p.err())
 
-def _rank(r, n, job, folder):
+def _rank(r, n, job, folder, backend):
     import torch
     import torch.distributed as tdist
     os.environ.update(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(n), MASTER_ADDR='localhost', MASTER_PORT='0') # as a launcher does
-    tdist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=r, world_size=n)
+    tdist.init_process_group(backend, init_method=f'file://{folder}/meet', rank=r, world_size=n)
     try: torch.save(job(folder), f'{folder}/{r}.pt')
     finally: tdist.destroy_process_group()
 
@@ -157,11 +158,11 @@ def wait_all(ps, timeout=300):
     for p in ps: p.end()
     if bad or late: raise RuntimeError('\n'.join(bad) or f'not done in {timeout} seconds')
 
-def on_ranks(job, folder, n, timeout=300):
-    "Results of `job(folder)` on each of `n` processes that are joined by gloo"
+def on_ranks(job, folder, n, timeout=300, backend='gloo'):
+    "Results of `job(folder)` on each of `n` processes that are joined by `backend`"
     import torch
     for o in ('meet', *(f'{r}.pt' for r in range(n))): (folder/o).unlink(missing_ok=True)
-    wait_all([start(_rank, r, n, job, folder) for r in range(n)], timeout)
+    wait_all([start(_rank, r, n, job, folder, backend) for r in range(n)], timeout)
     return [torch.load(folder/f'{r}.pt', weights_only=False) for r in range(n)]
 
 # ---- the parent
