@@ -22,15 +22,16 @@ class EpochIds:
     "The numbers, in the dataset, of the images of each batch of an epoch"
     def __init__(self,
         dl:DataLoader, # of fastai, in the first batch that it gives in this epoch
+        device='cpu', # where the numbers are wanted: they go there once an epoch and not batch by batch
     ):
-        self.order,self.bs,self.first = list(dl.sample()),dl.bs,vars(dl).get('first_batch', 0)
+        self.order,self.bs,self.first = torch.tensor(list(dl.sample()), device=device),dl.bs,vars(dl).get('first_batch', 0)
 
     def __getitem__(self,
         i:int, # number of a batch
     ) -> Tensor: # (B,) int64
         "The images of batch `i`"
         at = (i-self.first)*self.bs
-        return torch.tensor(self.order[at:at+self.bs])
+        return self.order[at:at+self.bs]
 
 # %% ../nbs/32_memory.ipynb #4cb593f4
 def check_countable(

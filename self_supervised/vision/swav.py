@@ -184,7 +184,7 @@ def codes(self:SWAV,
     for i,a in enumerate(self.crop_assgn_ids):
         past = F.linear(q.local[i], self.ssl_model.prototypes.weight) if joined else None
         res.append(sinkhorn_knopp(scores[a], self.eps, self.n_sinkh_iter, self.hard_codes, queue=past))
-    if q and self.training: q.push(z[self.crop_assgn_ids], self.equal_sizes)
+    if q and self.training: q.push(torch.stack([z[i] for i in self.crop_assgn_ids]), self.equal_sizes) # a list as an index would be copied to the device, and waited for
     return torch.stack(res)
 
 @patch
