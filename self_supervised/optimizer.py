@@ -45,7 +45,7 @@ def LARC(
 
 # %% ../nbs/60_optimizer.ipynb #8849ff5c
 class _Lars(Optimizer):
-    "LARS for all tensors of one device, type and fate together"
+    "LARS, for all tensors of a group that are alike at once"
     def zero_grad(self): _zero_grads(self)
 
     def _velocity(self, p):
@@ -60,7 +60,9 @@ class _Lars(Optimizer):
         for ps,h in zip(self.param_lists, self.hypers):
             alike = {}
             for p in ps:
-                if p.grad is not None: alike.setdefault((p.device, p.dtype, self.state[p].get('do_wd', True)), []).append(p)
+                if p.grad is None: continue
+                where = id(p) if p.is_cpu else p.device # a CPU keeps one tensor in its cache, and takes one after the other
+                alike.setdefault((where, p.dtype, self.state[p].get('do_wd', True)), []).append(p)
             for (*_,adapts),ws in alike.items():
                 gs = [p.grad for p in ws]
                 if adapts:

@@ -158,10 +158,10 @@ class Count(TorchDispatchMode):
 def test_many_tensors_are_no_more_operations_than_few(opt_func):
     counts = []
     for n in (5,200):
-        opt = opt_func([nn.Parameter(torch.randn(4, 3)) for _ in range(n)], lr=1.)
+        opt = opt_func([nn.Parameter(torch.randn(4, 3, device='meta')) for _ in range(n)], lr=1.)
         if isinstance(opt, OptimWrapper): opt.set_hyper('foreach', [True])
         for _ in range(2): # momenta are made in the first step
-            for p,*_ in opt.all_params(): p.grad = torch.randn(4, 3)
+            for p,*_ in opt.all_params(): p.grad = torch.randn(4, 3, device='meta')
             with Count() as c:
                 opt.step()
                 opt.zero_grad()

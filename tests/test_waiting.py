@@ -13,8 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 from methods import callback, learner, methods, quiet
 from self_supervised.optimizer import LARC, LARS
+from self_supervised.sinkhorn import sinkhorn_knopp
 from self_supervised.vision import lejepa
 from self_supervised.vision.lejepa import random_directions
+from self_supervised.vision.simclr import nt_xent_loss
+from self_supervised.vision.supcon import supcon_loss
 
 def _on(o): return isinstance(o, torch.Tensor) and o.device.type=='meta'
 
@@ -90,3 +93,26 @@ def test_waiting_would_be_seen():
         with pytest.raises((AssertionError,RuntimeError,NotImplementedError)), NoWaiting(): f()
     for f in (lambda: x.sum().item(), lambda: x[x>0], lambda: x.tolist(), lambda: float(x.sum()), lambda: bool(x.sum())):
         with pytest.raises(Exception), NoWaiting(): f()
+
+# ---- nor are there many small things to do, or large ones to keep
+
+class Count(TorchDispatchMode):
+    "Operations that make something new, and the most numbers that one of them has made"
+    n = largest = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        res = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.n += 1
+            self.largest = max([self.largest, *(o.numel() for o in tree_leaves(res) if isinstance(o, torch.Tensor))])
+        return res
+
+@pytest.mark.parametrize('loss,at_once', [(nt_xent_loss,60), (supcon_loss,90), (lambda z: sinkhorn_knopp(z.detach()@torch.empty(len(z.T), 4096, device='meta')), 30)], ids=['nt_xent','supcon','sinkhorn'])
+def test_blocks_of_a_device(loss, at_once, monkeypatch):
+    "512 views in one block, and never a block of more than 2**24 numbers (or the scores)"
+    monkeypatch.setattr(torch, 'autocast', lambda *args, **kwargs: nullcontext())
+    for n in (512,8192,32768):
+        z = torch.empty(n, 128, device='meta', requires_grad=True)
+        with Count() as c:
+            if (res := loss(z)).ndim==0: res.backward()
+        if n==512: assert c.n<=at_once
+        assert c.n<=at_once*n**2/2**18 and c.largest<=max(2**24, res.numel())
