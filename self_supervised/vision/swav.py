@@ -76,8 +76,10 @@ class SwAVModel(nn.Module):
         feats:Tensor, # (B,F) features of the encoder
     ) -> tuple: # projections (B,D) of unit length, and scores (B,K)
         "What features become: projections, and their scores"
-        z = F.normalize(self.projector(feats), dim=1)
-        return z, self.prototypes(z)
+        z = self.projector(feats)
+        with torch.autocast(z.device.type, enabled=False): # half precision would round scores by more than small differences of temperature count
+            z = F.normalize(z.to(self.prototypes.weight.dtype), dim=1)
+            return z, self.prototypes(z)
 
 # %% ../../nbs/40_vision.swav.ipynb #26d30935
 def create_swav_model(
