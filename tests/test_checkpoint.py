@@ -714,6 +714,16 @@ def test_training_goes_on_while_a_file_is_written(tmp_path, monkeypatch):
     assert [o.name for o in a]==[o.name for o in b] and len(a)==4 and held.at_once==1
     for x,y in zip(a, b): assert same(content(x), content(y)), x
 
+def test_validation_changes_nothing_that_is_saved(tmp_path):
+    "What is saved after the first batch of validation, when a signal came, is what was before it"
+    class Sums(Watcher):
+        def __init__(self): self.sum = torch.zeros(1)
+        def after_batch(self):
+            self.sum += 1
+            if not self.training: self.learn.checkpoint.stopped = 'SIGTERM'
+    fit(learn := make(tmp_path, steps=None, cbs=[Sums]))
+    assert learn.sums.sum==6 and learn.checkpoint.newest()[1]['cbs']['sums']['sum']==5
+
 @pytest.mark.parametrize('ends', ['end','error','ask'])
 def test_everybody_waits_for_the_file(tmp_path, monkeypatch, ends):
     "The end of a fit, an error in it, and whoever looks into the folder"
@@ -763,6 +773,8 @@ def test_host_copy(monkeypatch):
     got = host_copy(state)
     assert pinned==[True,False,False] and all(copies) and waits==[torch.device('cpu'),'wait']
     assert got['a'] is got['b'][0] and torch.equal(got['a'], w) and got['a'].stride()==w.stride() and type(got['a']) is torch.Tensor
+    m = nn.BatchNorm2d(2)
+    assert host_copy(m.state_dict())._metadata==m.state_dict()._metadata # versions of layers
     want = v.clone(); v.zero_()
     assert torch.equal(got['b'][1], want) and torch.equal(got['c'][0]['d'], want[1:]) and got['c'][1:]==('x',2) and got['b'][2] is None
 
