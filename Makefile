@@ -52,7 +52,7 @@ test-kill: $(STAMP) ## kill training processes at 45 random moments and let them
 
 # pytest ends with 5 where all is skipped
 test-gpu: $(STAMP) ## views, methods, files and processes on a CUDA card against the CPU; skipped where there is none
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 4 tests/test_gpu.py || [ $$? = 5 ]
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(if $(wildcard /dev/nvidia0),4,0) tests/test_gpu.py || [ $$? = 5 ]
 
 # The libraries of comparison are an extra. The parts are the files of benchmarks/ but measure.py.
 BENCH := views step methods monitor loader loss clusters checkpointing quality labels robust whole_images streams uncurated pays selection search explore recipes

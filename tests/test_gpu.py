@@ -21,7 +21,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import LRFinder # noqa: F401 (patches lr_find into Learner)
-from fastai.callback.training import GradientAccumulation
+from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
 from fastai.learner import AvgSmoothLoss, Learner, load_learner
 from fastai.optimizer import SGD
@@ -166,20 +166,20 @@ def learn_on(device, name, cbs=(), change=lambda enc: enc, **kwargs):
     views,x = corners(*(12,12,8,8)[:len(augs(name))]),pictures()
     return Learner(loaders(name, x, x[:8], device=device, seed=0), model(name, enc=change(small_encoder())), opt_func=partial(SGD, mom=.9), cbs=[callback(name, views), *cbs], **kwargs)
 
-def ten_steps(learn, lr=.02):
-    "Losses, and the state at the end, on the CPU"
+def ten_steps(learn):
+    "Losses, and the state at the end, on the CPU. Steps of one length for all methods, or some would be thrown about"
     class Seen(Callback):
         order = 90
-        def before_fit(self): self.seen = []
-        def after_batch(self): self.seen.append(self.learn.loss.detach())
-    with DrawnOnCPU(): quiet(learn, 2, lr, cbs=(cb:=Seen()))
-    assert len(cb.seen)==12 # and one of validation an epoch
-    return dict(losses=torch.stack(cb.seen).cpu(), **{k:v.cpu() for k,v in unwrapped(learn.model).state_dict().items()})
+        def before_fit(self): self.all = []
+        def after_batch(self): self.all.append(self.learn.loss.detach())
+    with DrawnOnCPU(): quiet(learn, 2, .02, cbs=[seen:=Seen(), GradientClip(.2)])
+    assert len(seen.all)==12 # and one of validation an epoch
+    return dict(losses=torch.stack(seen.all).cpu(), **{k:v.cpu() for k,v in unwrapped(learn.model).state_dict().items()})
 
-def assert_same_run(a, b, tol=1e-3):
-    """Relative to the largest number of each tensor, or to 0.01: a bias in front of a batch norm is rounding and nothing else. Another order of adding,
-    that of `ChannelsLast` on a CPU, makes up to 1e-4 in ten steps"""
-    off = {k:((a[k]-b[k]).abs().max()/b[k].abs().max().clamp(min=.01)).item() for k in b if b[k].numel()}
+def assert_same_run(a, b, tol=2e-3):
+    """Relative to the largest number of each tensor, or to 0.1: a bias in front of a batch norm is rounding and nothing else. On a CPU weights that begin
+    1e-6 from these, which is a few roundings, end 2e-5 from them; those that learn most slowly move 2e-2"""
+    off = {k:((a[k]-b[k]).abs().max()/b[k].abs().max().clamp(min=.1)).item() for k in b if b[k].numel()}
     assert set(a)==set(b) and all(a[k].shape==b[k].shape for k in b)
     bad = {k:f'{v:.2g}' for k,v in off.items() if not v<tol}
     assert not bad, bad
@@ -216,15 +216,14 @@ def test_compile(name):
 @each_method
 @pytest.mark.parametrize('mode', ['bf16','fp16'])
 def test_half_precision(name, mode):
-    "Losses are near those of float32: a number of bfloat16 has three digits, and what is normalised and divided by a temperature loses one"
+    "Losses are near those of float32: bfloat16 has three digits, of which temperatures take one or two"
     learn,seen = learn_on(dev, name, cbs=[MixedPrecision(mode, init_scale=2.**10)]),set()
     learn.model.encoder[0].register_forward_hook(lambda m, x, out: seen.add(out.dtype))
     half,full = ten_steps(learn),ten_steps(learn_on(dev, name))
-    if on_card: assert {dict(bf16=torch.bfloat16, fp16=torch.float16)[mode]} <= seen
+    assert not on_card or dict(bf16=torch.bfloat16, fp16=torch.float16)[mode] in seen
     assert all(o.isfinite().all() for o in half.values())
     off = ((half['losses']-full['losses']).abs()/full['losses'].abs().clamp(min=1)).max()
-    assert off<.1, f'{off:.2g}'
-    assert not on_card or off>0
+    assert off<.1 and (off>0 or not on_card), f'{off:.2g}'
 
 # ---- What looks on
 
