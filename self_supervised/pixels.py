@@ -276,7 +276,7 @@ def rand_boxes(
     if same and isinstance(height, Tensor):
         H,W = (round(o.double().mean().item()) for o in (height,width))
         return _scaled(rand_boxes(1, H, W, scale, ratio)[0], (H,W), (height,width))
-    H,W = (o[:,None] if isinstance(o, Tensor) else torch.tensor(o) for o in (height,width)) # one number mixes with any device
+    H,W = (o[:,None] if isinstance(o, Tensor) else torch.full((1,1), o, device=device) for o in (height,width))
     m,rand = 1 if same else n,partial(torch.empty, device=device)
     area = H*W*rand(m,10).uniform_(*scale)
     r = rand(m,10).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp()

@@ -28,13 +28,13 @@ _all_ = ['assert_aug_pipelines', 'check_view_ids', 'make_views', 'show_views']
 
 # %% ../nbs/13_views.ipynb #ca33d4d9
 def _draw(x, n, s):
-    "What is random in `n` views of images `x`, through steps `s`: boxes, for every step which views it is for and its parameters, and the weights of colours"
-    own,c,device = isinstance(x, PackedImages),x.shape[1],x.device
-    shape = (n, c, *(o.repeat(n//len(x)) if own else o for o in x.shape[2:]))
-    d = AttrDict(boxes=s.crop.params(shape, None if own else device)) # (n,4)
+    "What is random in `n` views of images `x`, through steps `s`: boxes, for every step which views it is for and its parameters, and the weights of colours; on the CPU"
+    c = x.shape[1]
+    shape = (n, c, *(o.repeat(n//len(x)) if isinstance(o, Tensor) else o for o in x.shape[2:]))
+    d = AttrDict(boxes=s.crop.params(shape)) # (n,4)
     for k in ('flip','rotate','jitter','gray','blur','solarize'): # (n,) bool, (n,…) …
-        d[k] = (s[k].mask(n, device), *s[k].params(shape, device)) if s[k] else (torch.zeros(n, dtype=torch.bool, device=device),)
-    d.weights = torch.eye(c, device=device).repeat(1, 2).expand(n,c,2*c) # D and M side by side, as in `jitter_weights`
+        d[k] = (s[k].mask(n), *s[k].params(shape)) if s[k] else (torch.zeros(n, dtype=torch.bool),)
+    d.weights = torch.eye(c).repeat(1, 2).expand(n,c,2*c) # D and M side by side, as in `jitter_weights`
     def _where(picked, weights): return torch.where(picked[:,None,None], weights, d.weights)
     if s.jitter: d.weights = _where(d.jitter[0], jitter_weights(*d.jitter[1:], c))
     if s.gray and has_rgb(x.shape): d.weights = _where(d.gray[0], to_gray(d.weights).expand_as(d.weights))
@@ -51,6 +51,8 @@ def _fused(v, d, s, mean):
 def _views_at_once(x, n_views, s):
     "`n_views` views of each image, by operations on all of them: no loop over images, no value read back"
     d = _draw(x, n_views*len(x), s) # n = n_views·B: view v of image i is number v·B+i
+    def _there(o): return tuple(map(_there, o)) if isinstance(o, tuple) else o.to(x.device, non_blocking=True)
+    d.update({k: _there(o) for k,o in d.items() if k in ('flip','rotate','blur','solarize','weights')})
     def _step(k, v): return apply_where(v, d[k][0], s[k].apply, *d[k][1:]) if s[k] else v
     v = crops_at_once(x, d.boxes, s.crop.size, d.flip[0]).float()                       # (n,C,h,w)
     v = _step('rotate', v)

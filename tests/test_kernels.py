@@ -25,15 +25,13 @@ def photo(h, w, c=3, dtype=torch.uint8):
 @interpreted
 @pytest.mark.parametrize('dtype', [torch.uint8, torch.float])
 @pytest.mark.parametrize('c', [1,3,5])
-@pytest.mark.parametrize('size', [(12,16), (40,9), (1,1)])
+@pytest.mark.parametrize('size', [(6,8), (24,5)])
 def test_crops_are_those_of_torchvision(c, dtype, size):
-    sizes = [(31,40), (31,40), (31,40)]
-    x   = torch.stack([photo(h, w+i, c, dtype)[...,:w] for i,(h,w) in enumerate(sizes)])
-    box = tensor([[0,0,31,40], [3,5,20,7], [30,39,1,1], [0,38,31,2], [4,0,5,33], [10,10,12,16]]) # of images 0, 1, 2, 0, 1, 2
-    flip = tensor([True,False,True,False,True,False])
-    ref = torch.stack([tvf.resized_crop(x[i%3]/255 if dtype==torch.uint8 else x[i%3], *b.tolist(), size=size, antialias=True) for i,b in enumerate(box)])
+    x   = torch.stack([photo(21, 20+i, c, dtype)[...,:20] for i in range(2)])
+    box,flip = tensor([[0,0,21,20], [3,5,10,7], [20,19,1,1], [10,4,6,8]]),tensor([True,False,False,True]) # of images 0, 1, 0, 1
+    ref = torch.stack([tvf.resized_crop(x[i%2]/255 if dtype==torch.uint8 else x[i%2], *b.tolist(), size=size, antialias=True) for i,b in enumerate(box)])
     ref = torch.where(flip[:,None,None,None], ref.flip(-1), ref)
-    for t in (x, x.contiguous(memory_format=torch.channels_last), x[...,:]): # any strides
+    for t in (x, x.contiguous(memory_format=torch.channels_last)): # any strides
         res = kernels.crops(t, box, size, flip)
         assert res.is_contiguous(memory_format=torch.channels_last) and res.dtype==torch.float32
         torch.testing.assert_close(res, ref, rtol=0, atol=1e-5)
@@ -42,15 +40,15 @@ def test_crops_are_those_of_torchvision(c, dtype, size):
 @pytest.mark.parametrize('dtype', [torch.uint8, torch.float])
 @pytest.mark.parametrize('c', [1,3,5])
 def test_crops_of_whole_images(c, dtype):
-    ims = [photo(*o, c, dtype) for o in ((20,30), (50,11), (1,9))]
-    box = tensor([[2,3,15,20], [30,0,20,11], [0,4,1,5], [0,0,50,11], [19,29,1,1]])
+    ims = [photo(*o, c, dtype) for o in ((15,20), (30,11), (1,9))]
+    box = tensor([[2,3,10,12], [20,0,10,11], [0,4,1,5], [0,0,30,11], [14,19,1,1]])
     ids = tensor([0,1,2,1,0])
-    ref = torch.stack([tvf.resized_crop(ims[i]/255 if dtype==torch.uint8 else ims[i], *b.tolist(), size=(8,12), antialias=True) for i,b in zip(ids, box)])
-    torch.testing.assert_close(kernels.crops(pack_images(ims), box, (8,12), None, ids), ref, rtol=0, atol=1e-5)
+    ref = torch.stack([tvf.resized_crop(ims[i]/255 if dtype==torch.uint8 else ims[i], *b.tolist(), size=(5,8), antialias=True) for i,b in zip(ids, box)])
+    torch.testing.assert_close(kernels.crops(pack_images(ims), box, (5,8), None, ids), ref, rtol=0, atol=1e-5)
 
 @interpreted
 @pytest.mark.parametrize('c', [1,3,5])
-@pytest.mark.parametrize('h,w,kernel_size', [(12,17,13), (5,4,13), (1,9,5), (30,33,25)])
+@pytest.mark.parametrize('h,w,kernel_size', [(12,17,13), (5,4,13), (1,9,5)])
 def test_blur_mix_is_step_by_step(c, h, w, kernel_size):
     torch.manual_seed(0)
     n = 7
@@ -81,8 +79,8 @@ kinds = {'all': dict(rotate=True, solarize=True, solarize_p=.5), 'usual': {}, 'c
 @pytest.mark.parametrize('whole', [False, True])
 @pytest.mark.parametrize('kw', kinds.values(), ids=kinds)
 def test_views_are_those_of_the_operations(kw, whole, engine):
-    x = pack_images([photo(20,24), photo(31,17), photo(9,40)]) if whole else torch.stack([photo(20,24), photo(20,25)[...,1:], photo(20,26)[...,2:]])
-    pipes,res = get_multi_aug_pipelines(2, 16, **kw) + get_multi_aug_pipelines(3, (8,12), **kw),[]
+    x = pack_images([photo(20,24), photo(9,30)]) if whole else torch.stack([photo(20,24), photo(20,25)[...,1:]])
+    pipes,res = get_multi_aug_pipelines(1, 12, **kw) + get_multi_aug_pipelines(2, (6,9), **kw),[]
     for o in (True, False):
         engine(o); set_seed(3)
         res.append(make_views(pipes, x))

@@ -73,7 +73,7 @@ class ClusterModel(nn.Module):
         z = self.projector(feats)
         with torch.autocast(z.device.type, enabled=False): # half precision would round scores, and labels with them
             z = F.normalize(z.to(self.prototypes.weight.dtype), dim=1)
-            return z, self.prototypes(z).unflatten(1, (self.n_heads,-1))
+            return z, self.prototypes(z).view(len(z), self.n_heads, -1)
 
 class DeepClusterModel(ClusterModel):
     "A `ClusterModel` whose prototypes are set by k-means, and do not learn"
