@@ -5,7 +5,7 @@ import os
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8') # before the first product on a card; without it none has a deterministic kernel
 os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', '1') # the models are so small that helping processes would only have to be started
 
-import subprocess, sys, time, traceback, warnings
+import gc, subprocess, sys, time, traceback, warnings
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -272,7 +272,7 @@ def line_of_ours(stack):
 def watched(found):
     "Add to `found` every line that waits for the card"
     def _note(message, category, filename, lineno, file=None, line=None):
-        if 'synchronizing CUDA' in str(message): found.add(line_of_ours([o for o in traceback.extract_stack()[:-1] if o.filename!=warnings.__file__]))
+        if 'synchronizing CUDA' in str(message): found.add(line_of_ours([o for o in traceback.extract_stack()[:-1] if Path(o.filename).name!='warnings.py']))
     with warnings.catch_warnings():
         warnings.simplefilter('always')
         warnings.showwarning = _note
@@ -374,7 +374,7 @@ class Slow(Callback):
     def after_batch(self): time.sleep(.05)
 
 def dies(folder):
-    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
     test_checkpoint.fit(test_checkpoint.make(folder, cbs=[Slow]))
 
@@ -460,7 +460,9 @@ def test_memory_does_not_grow(name):
         order = 95
         def before_fit(self): self.seen = []
         def after_batch(self):
-            if self.training and self.iter==24: self.seen.append(torch.cuda.memory_allocated())
+            if self.training and self.iter==24:
+                gc.collect()
+                self.seen.append(torch.cuda.memory_allocated())
     learn = Learner(loaders(name, pictures(200), bs=8, device=dev), model(name), cbs=[callback(name), CollapseMonitor(every=5, warmup=1000), mem:=Memory()])
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
