@@ -144,7 +144,8 @@ def run(what, *args, timeout=None, **kwargs):
 def _rank(r, n, job, folder, backend):
     import torch
     import torch.distributed as tdist
-    os.environ.update(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(n), MASTER_ADDR='localhost', MASTER_PORT='0') # as a launcher does
+    cards = torch.cuda.device_count() # which the processes share
+    os.environ.update(RANK=str(r), LOCAL_RANK=str(r%cards if cards else r), WORLD_SIZE=str(n), MASTER_ADDR='localhost', MASTER_PORT='0') # as a launcher does
     tdist.init_process_group(backend, init_method=f'file://{folder}/meet', rank=r, world_size=n)
     try: torch.save(job(folder), f'{folder}/{r}.pt')
     finally: tdist.destroy_process_group()

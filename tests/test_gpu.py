@@ -34,7 +34,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-import test_checkpoint, test_dist
+import self_supervised, test_checkpoint, test_dist
 from self_supervised.augmentations import *
 from self_supervised.checkpoint import load_encoder
 from self_supervised.core import ssl_callback
@@ -261,9 +261,11 @@ def test_looking_on(name, tmp_path):
 fastais_own = [(AvgSmoothLoss,'accumulate'),      # the loss of every step, for the progress bar
                (MixedPrecision,'before_step')]    # fp16 asks whether a gradient is infinite
 
+package = Path(self_supervised.__file__).parent
+
 def line_of_ours(stack):
     "The last line of the package that leads to the last line of all"
-    ours = [o for o in stack if 'self_supervised' in Path(o.filename).parts[-3:-1]] or stack[-1:]
+    ours = [o for o in stack if package in Path(o.filename).parents] or stack[-1:]
     return f'{Path(ours[-1].filename).name}:{ours[-1].lineno} in {ours[-1].name}: {ours[-1].line}'
 
 @contextmanager
@@ -307,12 +309,17 @@ def waits(monkeypatch):
         return sorted(found)
     return _waits
 
-def watched_learner(name, cbs=(), form=None, **kwargs):
+settings = dict(fp32=[], bf16=[partial(MixedPrecision, 'bf16')], fp16=[partial(MixedPrecision, 'fp16')], accumulation=[partial(GradientAccumulation, 16)], channels_last=[ChannelsLast])
+
+def watched_learner(name, cbs=(), **kwargs):
     "Everything that happens to views, bytes, three channels"
     set_seed(0)
     pipes = augs(name, jitter=True, bw=True, blur=True, stats=imagenet_stats, rotate=True)
     dls = loaders(name, photos(14, 14, n=48), photos(14, 14, n=8), bs=8, device=dev)
     return Learner(dls, model(name, n_in=3, enc=encoder(3)), cbs=[callback(name, pipes), CollapseMonitor(every=2, warmup=1000), *cbs], **kwargs)
+
+def assert_not_waited_for(found):
+    if found: pytest.fail('these lines wait for the card:\n' + '\n'.join(found), pytrace=False)
 
 @card_only
 def test_waiting_is_seen(waits):
@@ -322,11 +329,9 @@ def test_waiting_is_seen(waits):
     assert any('self.learn.loss.item()' in o for o in found), found
 
 @each_method
-@pytest.mark.parametrize('with_', ['float32','bf16','fp16','accumulation','channels_last'])
-def test_never_waited_for(name, with_, waits):
-    cbs = dict(float32=[], accumulation=[GradientAccumulation(16)], channels_last=[ChannelsLast()]).get(with_) if with_ not in ('bf16','fp16') else [MixedPrecision(with_)]
-    found = waits(watched_learner(name, cbs))
-    assert not found, 'these lines wait for the card:\n' + '\n'.join(found)
+@pytest.mark.parametrize('cbs', settings.values(), ids=settings)
+def test_never_waited_for(name, cbs, waits):
+    assert_not_waited_for(waits(watched_learner(name, [o() for o in cbs])))
 
 @pytest.mark.parametrize('name', ['swav','supcon'])
 def test_never_waited_for_whole_images(name, waits):
@@ -334,13 +339,11 @@ def test_never_waited_for_whole_images(name, waits):
     dl = WholeImageDL([(o,i%4) for i,o in enumerate(mixed()*8)], bs=8, shuffle=True, drop_last=True, device=dev)
     learn = Learner(DataLoaders(dl, dl.new([], shuffle=False, drop_last=False), device=dev), model(name, n_in=3, enc=encoder(3)), loss_func=nn.CrossEntropyLoss(),
                     cbs=callback(name, augs(name, jitter=True, bw=True, blur=True)))
-    found = waits(learn)
-    assert not found, 'these lines wait for the card:\n' + '\n'.join(found)
+    assert_not_waited_for(waits(learn))
 
 @pytest.mark.parametrize('opt', [LARC, LARS], ids=lambda o: o.__name__)
 def test_never_waited_for_optimizers(opt, waits):
-    found = waits(watched_learner('simclr', opt_func=opt))
-    assert not found, 'these lines wait for the card:\n' + '\n'.join(found)
+    assert_not_waited_for(waits(watched_learner('simclr', opt_func=opt)))
 
 
 # ---- Saved, killed, resumed
@@ -363,6 +366,9 @@ def test_goes_on_to_the_bit(name, tmp_path, deterministic):
         warnings.simplefilter('ignore')
         back = load_learner(tmp_path/'learner.pkl', cpu=True)
     for a,b in zip(back.model.state_dict().values(), learn.model.state_dict().values()): assert a.device.type=='cpu' and torch.equal(a, b.cpu())
+
+@pytest.mark.parametrize('cbs', settings.values(), ids=settings)
+def test_goes_on_with(cbs, tmp_path, deterministic): test_checkpoint.check(tmp_path, 'after_backward', 6, cbs=cbs)
 
 class Slow(Callback):
     def after_batch(self): time.sleep(.05)
@@ -415,9 +421,9 @@ root = Path(__file__).resolve().parent.parent
 # ---- Processes
 
 def two_ranks(folder):
-    "As `test_dist`, on one card: Accelerate takes the group that there is, and the card that LOCAL_RANK says"
-    os.environ['LOCAL_RANK'] = '0'
     with DrawnOnCPU(): return test_dist.training(folder)
+
+def on_cpu(steps, state): return [{k:v.cpu() for k,v in o.items()} for o in steps],{k:v.cpu() for k,v in state.items()}
 
 def test_two_processes_on_one_card(tmp_path):
     "gloo: losses, gradients, queues and weights are those of one process on a CPU"
@@ -428,14 +434,15 @@ def test_two_processes_on_one_card(tmp_path):
             with DrawnOnCPU(): one = test_dist.train(c, test_dist.bs*2, tmp_path, order=test_dist.joined(2))
             for o in many:
                 assert all(v.device.type==dev.type for v in o[c][1].values())
-                test_dist.assert_same_steps(*(([{k:v.cpu() for k,v in s.items()} for s in steps], {k:v.cpu() for k,v in state.items()}) for steps,state in (o[c], one)))
+                test_dist.assert_same_steps(on_cpu(*o[c]), one)
     finally: default_device(None)
 
-def one_rank(folder):
-    return {nm:_in_ctx(learn_on(dev, nm)) for nm in methods.methods}
+def test_everyday_on_one_card(tmp_path): test_dist.test_everyday(tmp_path) # with SyncBatchNorm, where there is a card
 
-def _in_ctx(learn):
-    with learn.distrib_ctx(): return ten_steps(learn)
+def one_rank(folder):
+    def _fit(learn):
+        with learn.distrib_ctx(): return ten_steps(learn)
+    return {nm:_fit(learn_on(dev, nm)) for nm in methods.methods}
 
 def test_one_process_of_nccl(tmp_path):
     "Wrapped by DDP, with SyncBatchNorm: as without"
