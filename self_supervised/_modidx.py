@@ -429,6 +429,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'self_supervised/dist.py'),
                                       'self_supervised.dist.LRFinder.before_fit': ( 'dist.html#lrfinder.before_fit',
                                                                                     'self_supervised/dist.py'),
+                                      'self_supervised.dist._cpu_group': ('dist.html#_cpu_group', 'self_supervised/dist.py'),
+                                      'self_supervised.dist._named': ('dist.html#_named', 'self_supervised/dist.py'),
                                       'self_supervised.dist.all_gather': ('dist.html#all_gather', 'self_supervised/dist.py'),
                                       'self_supervised.dist.all_mean': ('dist.html#all_mean', 'self_supervised/dist.py'),
                                       'self_supervised.dist.all_reduce': ('dist.html#all_reduce', 'self_supervised/dist.py'),

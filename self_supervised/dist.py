@@ -43,30 +43,50 @@ def all_reduce(
     return t
 
 # %% ../nbs/00_dist.ipynb #b2ca85c8
+_between_cpus = {} # the process group → one of gloo for the same processes
+
+def _cpu_group():
+    world = tdist.group.WORLD
+    if tdist.get_backend()=='gloo': return world
+    if world not in _between_cpus:
+        _between_cpus.clear()
+        _between_cpus[world] = tdist.new_group(backend='gloo')
+    return _between_cpus[world]
+
 def rank_sizes(
     t:Tensor, # (b,…)
     equal_sizes:bool=False, # all ranks have as many rows as this one; then nothing is sent
 ) -> list: # rows on each rank
     "How many rows of `t` there are on each rank"
     if equal_sizes or world_size()==1: return [len(t)]*world_size()
-    n = torch.tensor([len(t)], device=t.device)
-    out = [torch.empty_like(n) for _ in range(world_size())]
-    tdist.all_gather(out, n)
+    out = [torch.empty(1, dtype=torch.long) for _ in range(world_size())]
+    tdist.all_gather(out, torch.tensor([len(t)]), _cpu_group())
     return torch.cat(out).tolist()
 
 # %% ../nbs/00_dist.ipynb #7334ec26
+def _named(*names): return next((getattr(tdist, o) for o in names if hasattr(tdist, o)), None) # PyTorch 2.14 has other names than what is older
+_gather_whole,_sum_parts = _named('all_gather_single', 'all_gather_into_tensor'),_named('reduce_scatter_single', 'reduce_scatter_tensor')
+
 class GatherLayer(torch.autograd.Function):
     "Concatenate over ranks; backward sums over ranks the gradient of this rank's part"
     @staticmethod
     def forward(ctx, t, sizes):
-        ctx.start,ctx.n,top = sum(sizes[:rank()]),len(t),max(sizes)
+        ctx.start,ctx.n,ctx.even,top = sum(sizes[:rank()]),len(t),len(set(sizes))==1,max(sizes)
+        if ctx.even:
+            out = t.new_empty(len(t)*len(sizes), *t.shape[1:])
+            _gather_whole(out, t.contiguous())
+            return out
         mine = torch.cat([t, t.new_zeros(top-len(t), *t.shape[1:])]) # rows up to the largest rank's: shapes have to agree
         out  = [torch.empty_like(mine) for _ in sizes]
         tdist.all_gather(out, mine)
         return torch.cat([o[:n] for o,n in zip(out, sizes)])
 
     @staticmethod
-    def backward(ctx, grad): return all_reduce(grad.contiguous())[ctx.start:ctx.start+ctx.n],None
+    def backward(ctx, grad):
+        if not ctx.even or grad.is_cuda and tdist.get_backend()=='gloo': return all_reduce(grad.contiguous())[ctx.start:ctx.start+ctx.n],None
+        mine = grad.new_empty(ctx.n, *grad.shape[1:])
+        _sum_parts(mine, grad.contiguous())
+        return mine,None
 
 # %% ../nbs/00_dist.ipynb #966175c2
 def all_gather(
