@@ -11,8 +11,10 @@ import torch.distributed as tdist
 from torch import nn, Tensor
 from fastcore.basics import patch
 from fastai.callback.schedule import LRFinder
+from fastai.data import load
 from fastai.distributed import DistributedDL, DistributedTrainer
-from fastai.torch_core import default_device, get_model
+from fastai.learner import Recorder
+from fastai.torch_core import default_device, get_model, to_detach, to_device
 
 # %% ../nbs/00_dist.ipynb #fb49b83d
 def world_size() -> int: # 1 without `torch.distributed`
@@ -145,3 +147,55 @@ def before_fit(self:LRFinder):
     "Save the model for `lr_find` on every rank: fastai does on rank 0 only, which then waits for the others to load it"
     _find(self)
     if rank(): torch.save({'model':get_model(self.learn.model).state_dict(), 'opt':self.opt.state_dict()}, self.path/self.model_dir/self.tmp_p/'_tmp.pth')
+
+def _to_device(b, device=None, non_blocking=False):
+    "A copy to a GPU is not waited for: pinned memory is kept until it is over, and what is not pinned has been read when the call returns"
+    return to_device(b, device, non_blocking or torch.device(default_device() if device is None else device).type=='cuda')
+load.to_device = _to_device
+
+class _OnItsWay:
+    "A number that is being copied from a GPU"
+    def __init__(self, t): self.t,self.event = t.to('cpu', non_blocking=True),torch.cuda.current_stream(t.device).record_event()
+    def has_come(self): return self.event.query()
+    def get(self):
+        self.event.synchronize()
+        return self.t
+
+def _can_be_late(rec): return rec.training and rec.learn.loss.is_cuda and not rec.train_metrics and not any(isinstance(o, LRFinder) for o in rec.learn.cbs)
+
+_begin,_note,_log = Recorder.before_fit,Recorder.after_batch,Recorder.after_train
+
+@patch
+def settle(self:Recorder, late=0):
+    "Note the losses that have come, and wait for all but the last `late`"
+    coming,smooth = vars(self).setdefault('_coming', []),self.smooth_loss
+    while coming and (len(coming)>late or coming[0].has_come()): # what `AvgSmoothLoss.accumulate` and `Recorder.after_batch` do
+        smooth.count += 1
+        smooth.val = torch.lerp(coming.pop(0).get(), smooth.val, smooth.beta)
+        self.losses.append(smooth.value)
+        self.learn.smooth_loss = smooth.value
+
+@patch
+def before_fit(self:Recorder):
+    "Nothing is on its way"
+    self._coming = []
+    _begin(self)
+
+@patch
+def after_batch(self:Recorder):
+    "Do not wait for the loss of a GPU, but for the first: progress bars want one to show"
+    if not len(self.yb) or not _can_be_late(self): return _note(self)
+    self.lrs.append(self.opt.hypers[-1]['lr'])
+    self._coming.append(_OnItsWay(to_detach(self.learn.loss.mean(), cpu=False)))
+    self.settle(4 if self.losses and 'smooth_loss' in vars(self.learn) else 0)
+
+@patch
+def after_train(self:Recorder):
+    "All losses, before they are logged"
+    self.settle()
+    _log(self)
+
+@patch
+def after_fit(self:Recorder):
+    "All losses, however the fit has ended"
+    self.settle()
