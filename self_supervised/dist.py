@@ -197,5 +197,5 @@ def after_train(self:Recorder):
 
 @patch
 def after_fit(self:Recorder):
-    "All losses, however the fit has ended"
+    "All losses, also of a fit that was cancelled"
     self.settle()
