@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from fastcore.foundation import L
-from fastai.learner import Metric
+from fastai.learner import Metric, Recorder
 
 from .basics import warn_once
 from .queue import FeatureQueue
@@ -161,6 +161,7 @@ def state_of(
 ) -> dict: # name → plain value
     "The attributes of `o` that are state"
     res,passing,of = {},getattr(type(o), 'transient', ()),type(o)
+    if isinstance(o, Recorder): o.settle() # losses that are still on their way from a GPU (see `dist`)
     for k,v in vars(o).items():
         if k in passing: continue
         try: res[k] = {'generator':plain(gen[0]())} if (gen := _generator(v)) else plain(v, device)

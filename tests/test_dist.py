@@ -4,6 +4,7 @@ from functools import lru_cache, partial
 from io import StringIO
 
 import pytest, torch
+import torch.distributed as tdist
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import LRFinder # noqa: F401 (patches lr_find into Learner)
@@ -12,6 +13,7 @@ from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from torch import nn
 
+from self_supervised import dist
 from self_supervised.data import tensor_dls
 from self_supervised.dist import all_gather, all_mean, all_reduce, rank, rank_sizes, world_size
 from self_supervised.queue import FeatureQueue
@@ -47,7 +49,11 @@ def functions(folder):
     uq = FeatureQueue(length=9); uq.push(torch.stack([share(x, n, r)]*2))
     z = torch.cat([share(o, n, r) for o in views(n)]).requires_grad_()
     nt = all_mean(nt_xent_loss(z, .3, n_views=3), sizes[n][r]); nt.backward()
-    return dict(me=(rank(), world_size()), joined=joined.detach(), grad=mine.grad, total=all_reduce(s.sum(0)), top=all_reduce(s.amax(0), 'max'),
+    backend,tdist.get_backend = tdist.get_backend,lambda: 'nccl' # then numbers travel between the CPUs all the same
+    try: between_cpus = [rank_sizes(share(x, n, r)) for _ in range(3)]
+    finally: tdist.get_backend = backend
+    assert len(dist._between_cpus)==1
+    return dict(between_cpus=between_cpus, me=(rank(), world_size()), joined=joined.detach(), grad=mine.grad, total=all_reduce(s.sum(0)), top=all_reduce(s.amax(0), 'max'),
                 columns=all_gather(s.T.contiguous().T), codes=sinkhorn_knopp(s), large=sinkhorn_knopp(s*1e4), queue=q.feats, local=q.local,
                 sizes=rank_sizes(u), uneven=all_gather(share(x, n, r)), uneven_queue=uq.feats, uneven_codes=sinkhorn_knopp(share(x, n, r)),
                 mean=loss.detach(), mean_grad=u.grad, nt=nt.detach(), nt_grad=z.grad)
@@ -60,7 +66,7 @@ def test_functions(n, tmp_path):
     one = FeatureQueue(length=7)
     for _ in range(2): one.push(torch.stack([x, -x]))
     for r,o in enumerate(res):
-        assert o['me']==(r, n)
+        assert o['me']==(r, n) and o['between_cpus']==[sizes[n]]*3
         assert torch.equal(o['joined'], x) and torch.equal(o['columns'], x)
         torch.testing.assert_close(o['total'], x.sum(0)); assert torch.equal(o['top'], x.amax(0))
         assert torch.equal(o['queue'], one.feats)
