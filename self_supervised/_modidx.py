@@ -428,6 +428,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'self_supervised/dist.py'),
                                       'self_supervised.dist.DistributedTrainer._wrap_dl': ( 'dist.html#distributedtrainer._wrap_dl',
                                                                                             'self_supervised/dist.py'),
+                                      'self_supervised.dist.DistributedTrainer.after_fit': ( 'dist.html#distributedtrainer.after_fit',
+                                                                                             'self_supervised/dist.py'),
                                       'self_supervised.dist.GatherLayer': ('dist.html#gatherlayer', 'self_supervised/dist.py'),
                                       'self_supervised.dist.GatherLayer.backward': ( 'dist.html#gatherlayer.backward',
                                                                                      'self_supervised/dist.py'),

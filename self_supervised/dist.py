@@ -117,7 +117,7 @@ def all_mean(
     return mine + (total/count-mine).detach()
 
 # %% ../nbs/00_dist.ipynb #f1333795
-_init,_wrap,_get_idxs,_find = DistributedTrainer.__init__,DistributedTrainer._wrap_dl,DistributedDL.get_idxs,LRFinder.before_fit
+_init,_get_idxs,_find = DistributedTrainer.__init__,DistributedDL.get_idxs,LRFinder.before_fit
 
 @patch
 def __init__(self:DistributedTrainer, sync_bn=True, **kwargs):
@@ -127,8 +127,14 @@ def __init__(self:DistributedTrainer, sync_bn=True, **kwargs):
 
 @patch
 def _wrap_dl(self:DistributedTrainer, dl):
-    "A loader that says of itself that it has the share of this process is not dealt out again"
-    return dl if getattr(type(dl), 'is_share', False) else _wrap(self, dl)
+    "A loader that says of itself that it has the share of this process is not dealt out again; one process on a GPU is not wrapped in DDP, and has no `device`"
+    if isinstance(dl, DistributedDL) or getattr(type(dl), 'is_share', False): return dl
+    return DistributedDL(dl, device=getattr(self.learn.model, 'device', default_device()))
+
+@patch
+def after_fit(self:DistributedTrainer):
+    "The model as it was, also where it was not wrapped"
+    self.learn.model,self.learn.dls.loaders = get_model(self.learn.model),self.old_dls
 
 @patch
 def _broadcast(self:DistributedDL, t, rank):

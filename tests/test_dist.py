@@ -234,3 +234,14 @@ def test_everyday(tmp_path):
     assert a['out'].count('train_loss')==1 and b['out']==''                                                          # one table
     assert [o.name for o in tmp_path.glob('models/*')]==['everyday.pth']                                             # one file, and nothing left of lr_find
     assert a['plain']=='SwAVModel' and a['loaders']==['TensorDL','TensorDL']
+
+def test_one_process_that_is_not_wrapped(tmp_path, monkeypatch):
+    "On a GPU Accelerate leaves the model of a single process as it is, and fastai looks for what DDP has"
+    from accelerate import Accelerator
+    monkeypatch.setattr(Accelerator, 'prepare', lambda self, m: m)
+    case = next(iter(cases))
+    learn = learner(case, pictures(), bs, tmp_path)
+    m,loaders = learn.model,list(learn.dls.loaders)
+    with learn.distrib_ctx(): learn.fit(2, lr=.1, wd=0.)
+    assert learn.model is m and list(learn.dls.loaders)==loaders
+    assert_same_steps(result(learn), train(case, bs, tmp_path))
