@@ -63,9 +63,9 @@ def _crop(x, where, flip, out, h, w, to_channel, to_column, unit, C:constexpr, C
 # %% ../nbs/10_kernels.ipynb #52ddc135
 def _above(n): return 1 << (n-1).bit_length() # the power of 2 that is not below `n`
 
-def _launch(kernel, x, n, rows, block, *args, **kwargs):
-    "`kernel` for `n` views of `rows` numbers or pixels, `block` of them at a time, on the card of `x`"
-    with torch.cuda.device_of(x): kernel[n, -(-rows//block)](*args, **kwargs, N=block)
+def _launch(kernel, x, n, rows, *args, **kwargs):
+    "`kernel` for `n` views of `rows` numbers or pixels, 512 of them at a time, on the card of `x`"
+    with torch.cuda.device_of(x): kernel[n, -(-rows//512)](*args, **kwargs, N=512)
 
 def crops(
     x:Tensor, # (B,C,H,W) images, uint8 or float in [0,1]; or `PackedImages`
@@ -82,7 +82,7 @@ def crops(
     where = torch.cat([torch.stack([start, to_row], 1), boxes], 1).to(x.device, non_blocking=True)
     flip  = torch.zeros(n, dtype=torch.uint8, device=x.device) if flip is None else flip.view(torch.uint8)
     out   = torch.empty(n, h, w, C, device=x.device)
-    _launch(_crop, pixels, n, h*w, 128, pixels, where, flip, out, h, w, *steps, 1/255 if x.dtype==torch.uint8 else 1., C=C, C2=_above(C))
+    _launch(_crop, pixels, n, h*w, pixels, where, flip, out, h, w, *steps, 1/255 if x.dtype==torch.uint8 else 1., C=C, C2=_above(C))
     return out.permute(0,3,1,2)
 
 # %% ../nbs/10_kernels.ipynb #a65a8a26
@@ -157,7 +157,7 @@ def blur_mix(
     n,C,h,w = x.shape
     x = x.permute(0,2,3,1).contiguous()
     soft,out = torch.empty_like(x),torch.empty_like(x)
-    _launch(_blur_columns, x, n, h*w*C, 1024, x, sigma, soft, h, w*C, min(radius, h-1))
-    _launch(_blur_rows_mix, x, n, h*w, 256, x, soft, sigma, weights.contiguous(), shift.contiguous(), invert.view(torch.uint8), threshold,
+    _launch(_blur_columns, x, n, h*w*C, x, sigma, soft, h, w*C, min(radius, h-1))
+    _launch(_blur_rows_mix, x, n, h*w, x, soft, sigma, weights.contiguous(), shift.contiguous(), invert.view(torch.uint8), threshold,
             mean, 1/std, out, h, w, min(radius, w-1), C=C, C2=_above(C))
     return out.permute(0,3,1,2)
