@@ -14,7 +14,7 @@ from fastai.optimizer import Optimizer, OptimWrapper
 
 # %% ../nbs/60_optimizer.ipynb #0f934cac
 def _zero_grads(opt):
-    grads = [p.grad.detach_() for p,*_ in opt.all_params(with_grad=True)]
+    grads = [p.grad.detach() for p,*_ in opt.all_params(with_grad=True)]
     if grads: torch._foreach_zero_(grads)
 
 class _Larc(OptimWrapper):
