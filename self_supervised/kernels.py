@@ -46,8 +46,8 @@ def _crop(x, where, flip, out, h, w, to_channel, to_column, unit, C:constexpr, C
     down,across = bh.to(tl.float32)/h,bw.to(tl.float32)/w # pixels of the box in one of the view
     dy,dx = tl.maximum(down, 1.),tl.maximum(across, 1.)
     my,mx = (at//w+.5)*down,(col+.5)*across
-    y0,x0 = tl.floor(my-dy).to(tl.int32),tl.floor(mx-dx).to(tl.int32)
-    ny,nx = (2*dy).to(tl.int32)+2,(2*dx).to(tl.int32)+2
+    y0,x0 = tl.floor(my-dy+.5).to(tl.int32),tl.floor(mx-dx+.5).to(tl.int32) # the first whose weight is not 0
+    ny,nx = tl.ceil(2*dy).to(tl.int32),tl.ceil(2*dx).to(tl.int32)           # and how many there can be
     total_y,total_x,acc = tl.zeros((N,), tl.float32),tl.zeros((N,), tl.float32),tl.zeros((N,C2), tl.float32)
     for j in range(nx): total_x += _weight(x0+j, mx, dx, bw)
     for i in range(ny):
