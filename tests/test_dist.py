@@ -214,7 +214,7 @@ def everyday(folder):
         before,rng = {k:v.clone() for k,v in learn.model.state_dict().items()},torch.get_rng_state()
         progress.append(hasattr(learn, 'progress'))
         with learn.no_bar(): lr = learn.lr_find(num_it=20, show_plot=False).valley
-        trace = all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items()) and torch.equal(rng, torch.get_rng_state())
+        trace = all(torch.equal(v.cpu(), before[k].cpu()) for k,v in learn.model.state_dict().items()) and torch.equal(rng, torch.get_rng_state())
         views = [views_of_a_fit(learn) for _ in range(2)]
     with redirect_stdout(StringIO()) as out: learn.to_distributed(); learn.fit(1); learn.detach_distributed()
     learn.save('everyday')
