@@ -192,7 +192,9 @@ def neighbours(n=1281167, queries=10000, k=20):
     return {'k-NN': [{'bank': f'{n:,} × 2048', 'queries': f'{queries:,}', 's': s, 'TFLOP/s': 2*n*2048*queries/s/1e12, 'GB above': above(f)}]}
 
 if __name__=='__main__':
-    if not torch.cuda.is_available(): sys.exit('benchmarks/gpu.py measures a CUDA card, and PyTorch sees none here: nvidia-smi lists cards, torch.version.cuda says what PyTorch was built for')
+    if not torch.cuda.is_available():
+        print('skipped: benchmarks/gpu.py measures a CUDA card, and PyTorch sees none here (nvidia-smi lists cards, torch.version.cuda says what PyTorch was built for)')
+        sys.exit()
     warnings.simplefilter('ignore')
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
