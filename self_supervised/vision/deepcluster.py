@@ -19,6 +19,7 @@ from fastcore.meta import delegates
 from fastai.layers import apply_init
 
 from ..augmentations import crop_kinds, get_batch_augs
+from ..basics import outside_autocast
 from ..core import SSLCallback
 from ..dist import all_gather, all_mean, all_reduce, rank, world_size
 from ..layers import create_mlp_module, encoder_dim
@@ -71,7 +72,7 @@ class ClusterModel(nn.Module):
     ) -> tuple: # projections (B,D) of unit length, and scores (B,H,K)
         "What features become: projections, and their scores"
         z = self.projector(feats)
-        with torch.autocast(z.device.type, enabled=False): # half precision would round scores, and labels with them
+        with outside_autocast(z): # half precision would round scores, and labels with them
             z = F.normalize(z.to(self.prototypes.weight.dtype), dim=1)
             return z, self.prototypes(z).unflatten(1, (self.n_heads,-1))
 

@@ -17,7 +17,7 @@ from fastcore.meta import delegates
 from fastai.layers import apply_init
 
 from ..augmentations import crop_kinds, get_batch_augs, get_multi_aug_pipelines
-from ..basics import loader_facts, warn_once
+from ..basics import loader_facts, outside_autocast, warn_once
 from ..core import SSLCallback
 from ..dist import all_mean, world_size
 from ..layers import create_mlp_module, encoder_dim
@@ -77,7 +77,7 @@ class SwAVModel(nn.Module):
     ) -> tuple: # projections (B,D) of unit length, and scores (B,K)
         "What features become: projections, and their scores"
         z = self.projector(feats)
-        with torch.autocast(z.device.type, enabled=False): # half precision would round scores by more than small differences of temperature count
+        with outside_autocast(z): # half precision would round scores by more than small differences of temperature count
             z = F.normalize(z.to(self.prototypes.weight.dtype), dim=1)
             return z, self.prototypes(z)
 
