@@ -71,10 +71,8 @@ class ClusterModel(nn.Module):
         feats:Tensor, # (B,F) features of the encoder
     ) -> tuple: # projections (B,D) of unit length, and scores (B,H,K)
         "What features become: projections, and their scores"
-        z = self.projector(feats)
-        with outside_autocast(z): # half precision would round scores, and labels with them
-            z = F.normalize(z.to(self.prototypes.weight.dtype), dim=1)
-            return z, self.prototypes(z).unflatten(1, (self.n_heads,-1))
+        z = self.projector(feats).to(self.prototypes.weight.dtype)
+        with outside_autocast(z): return (z := F.normalize(z, dim=1)), self.prototypes(z).unflatten(1, (self.n_heads,-1)) # half precision would round scores, and labels with them
 
 class DeepClusterModel(ClusterModel):
     "A `ClusterModel` whose prototypes are set by k-means, and do not learn"

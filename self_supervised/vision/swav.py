@@ -76,10 +76,8 @@ class SwAVModel(nn.Module):
         feats:Tensor, # (B,F) features of the encoder
     ) -> tuple: # projections (B,D) of unit length, and scores (B,K)
         "What features become: projections, and their scores"
-        z = self.projector(feats)
-        with outside_autocast(z): # half precision would round scores by more than small differences of temperature count
-            z = F.normalize(z.to(self.prototypes.weight.dtype), dim=1)
-            return z, self.prototypes(z)
+        z = self.projector(feats).to(self.prototypes.weight.dtype)
+        with outside_autocast(z): return (z := F.normalize(z, dim=1)), self.prototypes(z) # half precision would round scores, and change one code in a hundred
 
 # %% ../../nbs/40_vision.swav.ipynb #26d30935
 def create_swav_model(
