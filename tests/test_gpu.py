@@ -46,6 +46,7 @@ from self_supervised.online import OnlineKNN
 from self_supervised.optimizer import LARC, LARS
 from self_supervised.packed import pack_images
 from self_supervised.pipelines import make_views
+from self_supervised.pretrained import export_onnx
 from self_supervised.whole_images import WholeImageDL
 
 import methods
@@ -366,6 +367,17 @@ def test_goes_on_to_the_bit(name, tmp_path, deterministic):
         warnings.simplefilter('ignore')
         back = load_learner(tmp_path/'learner.pkl', cpu=True)
     for a,b in zip(back.model.state_dict().values(), learn.model.state_dict().values()): assert a.device.type=='cpu' and torch.equal(a, b.cpu())
+
+def test_onnx(tmp_path):
+    "A graph for machines without a card has the features of the card"
+    onnx = pytest.importorskip('onnx')
+    pytest.importorskip('onnxscript')
+    from onnx.reference import ReferenceEvaluator
+    learn = learn_on(dev, 'simclr')
+    ten_steps(learn)
+    graph,x = onnx.load(export_onnx(learn, tmp_path/'encoder.onnx', size=14)),pictures(5)
+    want = learn.model.encoder.eval()(x.to(dev)).detach().cpu()
+    torch.testing.assert_close(torch.from_numpy(ReferenceEvaluator(graph).run(None, {'images':x.numpy()})[0]), want, atol=1e-5, rtol=1e-4)
 
 @pytest.mark.parametrize('cbs', settings.values(), ids=settings)
 def test_goes_on_with(cbs, tmp_path, deterministic): test_checkpoint.check(tmp_path, 'after_backward', 6, cbs=cbs)
