@@ -41,6 +41,7 @@ sync: $(STAMP) ## are notebooks and modules in step, and is the tree tidy?
 
 notebooks: $(STAMP) ## run every notebook; none may fail or leave a file behind
 	@before=$$(find nbs -type f | sort); \
+	export TRITON_INTERPRET=$(if $(wildcard /dev/nvidiactl),0,1); \
 	OMP_NUM_THREADS=1 $(PY) $(BIN)/nbdev-test --n-workers 2 --timing; \
 	diff <(echo "$$before") <(find nbs -type f | sort) || { echo "make: the notebooks left these files behind (>)" >&2; exit 1; }
 
@@ -54,7 +55,7 @@ test-kill: $(STAMP) ## kill training processes at 45 random moments and let them
 test-gpu: $(STAMP) ## views, methods, files and processes on a CUDA card against the CPU; skipped where there is none
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(if $(wildcard /dev/nvidia0),4,0) tests/test_gpu.py || [ $$? = 5 ]
 
-# The libraries of comparison are an extra. The parts are the files of benchmarks/ but measure.py.
+# The libraries of comparison are an extra. The parts are the files of benchmarks/ but measure.py, and gpu.py, which asks for a card.
 BENCH := views step methods monitor loader loss clusters checkpointing quality labels robust whole_images streams uncurated pays selection search explore recipes
 
 bench: $(BENCH:%=bench-%) ## measure everything against peers and limits, on an idle machine: about seven hours; one part alone: make bench-views
@@ -62,6 +63,9 @@ bench: $(BENCH:%=bench-%) ## measure everything against peers and limits, on an 
 bench-%: $(STAMP) # writes benchmarks/results/*.md and *.json
 	@$(PY) -c 'import lightly' 2>/dev/null || $(PY) -m pip install -e '.[bench]' -c constraints.txt
 	@$(PY) -W ignore benchmarks/$*.py
+
+bench-gpu: $(STAMP) ## measure views, steps, losses and k-NN on a CUDA card, some minutes; without one it is skipped
+	@$(PY) -W ignore benchmarks/gpu.py
 
 docs: $(STAMP) ## build the web site from the notebooks, in _docs
 	$(PY) -W ignore docs/build.py

@@ -86,11 +86,17 @@ def tree_memory(file, *args):
     if p.returncode: raise RuntimeError(f'{file} {args} ended with {p.returncode}')
     return top
 
+def card():
+    "Name, driver and CUDA of the card, or nothing"
+    if not torch.cuda.is_available(): return ''
+    driver = subprocess.run(['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader'], capture_output=True, text=True, check=True).stdout.split()[0]
+    return f'{torch.cuda.get_device_name()} (driver {driver}, CUDA {torch.version.cuda}), '
+
 def machine(packages=()):
-    "Processor, system and versions, in a line"
+    "Card, processor, system and versions, in a line"
     cpu = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())
     pkgs = ('torch','torchvision','fastai','self_supervised',*packages)
-    return f"{os.cpu_count()} × {cpu[1] if cpu else platform.machine()} ({torch.backends.cpu.get_cpu_capability()}), {platform.system()}, " \
+    return f"{card()}{os.cpu_count()} × {cpu[1] if cpu else platform.machine()} ({torch.backends.cpu.get_cpu_capability()}), {platform.system()}, " \
            f"Python {platform.python_version()}, {', '.join(f'{o} {version(o)}' for o in pkgs)}"
 
 def table(rows):

@@ -1,2 +1,2 @@
 "Self-supervised pretraining as fastai callbacks"
-__version__ = "0.13.0"
+__version__ = "0.14.0"

@@ -62,7 +62,11 @@ def not_finite(
     module:nn.Module, # any
 ) -> list: # names
     "Parameters of `module` that hold NaN or infinite values, and buffers that hold NaN"
-    return [k for k,v in module.named_parameters() if not v.isfinite().all()] + [k for k,v in module.named_buffers() if v.is_floating_point() and v.isnan().any()]
+    good = {k:v.isfinite().all() for k,v in module.named_parameters()} | {k:~v.isnan().any() for k,v in module.named_buffers() if v.is_floating_point()}
+    for d in {o.device for o in good.values()}: # a device is asked once
+        ks = [k for k,o in good.items() if isinstance(o, Tensor) and o.device==d]
+        good.update(zip(ks, torch.stack([good[k] for k in ks]).tolist()))
+    return [k for k,o in good.items() if not o]
 
 # %% ../nbs/01_basics.ipynb #f0e97f62
 def check_finite_rows(

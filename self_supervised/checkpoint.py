@@ -7,6 +7,7 @@ __all__ = ['Checkpoint', 'write_atomic', 'read_checked', 'encoder_info', 'load_e
 
 # %% ../nbs/65_checkpoint.ipynb #d08f5cc0
 import os, signal, threading, time, warnings
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import Optimizer
-from fastai.torch_core import apply, num_distrib
+from fastai.torch_core import num_distrib
 from torch import Tensor
 
 from . import __version__
@@ -29,12 +30,27 @@ from .dist import rank, unwrapped, world_size
 from .export import *
 from .replay import batches_after
 from .run_settings import allow_in_python, check_settings, data_settings, run_settings
-from .state import load_model, named_callbacks, plain, read_checked, restored, set_state, state_of, write_atomic
+from .state import host_copy, load_model, named_callbacks, plain, read_checked, restored, set_state, state_of, write_atomic
 
 # %% ../nbs/65_checkpoint.ipynb #02922ff4
 _all_ = ['write_atomic', 'read_checked', 'encoder_info', 'load_encoder']
 
 # %% ../nbs/65_checkpoint.ipynb #768f227d
+_writing = {} # (process, folder) → the file that is being written there
+
+def _files(folder): return sorted(folder.glob('fit*-step*.ckpt'))
+
+def _write(state, path, keep):
+    write_atomic(state, path)
+    for o in _files(path.parent)[:-keep]: o.unlink()
+
+def _wait(folder):
+    "Wait for the thread that writes into `folder`, and raise what went wrong there"
+    k = os.getpid(),folder.absolute() # a process that was forked has no such thread
+    if k not in _writing: return
+    wait([_writing[k]])
+    _writing.pop(k).result()
+
 class Checkpoint(Callback):
     "Save everything that decides the future of a run, so that `learn.resume` goes on exactly"
     order,is_setting = 100,False # after everybody
@@ -56,8 +72,9 @@ class Checkpoint(Callback):
 
     @property
     def files(self) -> L: # paths, oldest first
-        "The checkpoints in the folder"
-        return L(sorted(self.folder.glob('fit*-step*.ckpt')))
+        "The checkpoints in the folder, once the one that is being written is whole"
+        _wait(self.folder)
+        return L(_files(self.folder))
 
     @property
     def last_saved(self) -> Path: # or None
@@ -70,6 +87,15 @@ def before_fit(self:Checkpoint):
     "Not yet: `validate` comes here too"
     self._give_signals_back() # the last fit may have ended in an error
     self.run,self.running = not hasattr(self.learn, 'lr_finder'),False
+    if self.run: self.learn._with_events = partial(_with_events, self.learn, self.folder)
+
+def _with_events(learn, folder, f, event, *args):
+    "`Learner._with_events`, of an epoch: an error, which no callback hears of, waits for the file too"
+    try: Learner._with_events(learn, f, event, *args)
+    except BaseException:
+        vars(learn).pop('_with_events', None)
+        _wait(folder)
+        raise
 
 @patch
 def _join(self:Checkpoint):
@@ -129,7 +155,7 @@ def after_batch(self:Checkpoint):
     if not self.running: return
     if self.training:
         self._at = self.epoch,self.iter+1
-        if self.iter+1==self.n_iter: self._end = apply(_copied, self._passing()) # validation moves the generators and may change callbacks
+        if self.iter+1==self.n_iter: self._end = host_copy(self._passing()) # validation moves the generators and may change callbacks
     due,stop = self._agree(self.minutes is not None and time.monotonic()-self._last > 60*self.minutes, self.stopped is not None)
     if self.training and (due or stop or (self.steps and self.train_iter%self.steps==0)) or (stop and self._end): self.save()
     if stop:
@@ -147,22 +173,34 @@ def after_epoch(self:Checkpoint):
 
 @patch
 def after_fit(self:Checkpoint):
-    "Give the signals back"
+    "Wait for the last file, all processes for the one that writes, and give the signals back"
+    vars(self.learn).pop('_with_events', None)
     if self._vote: self._vote[1].wait()
-    if self._group: tdist.destroy_process_group(self._group)
-    self._group = self._vote = None
-    self.running = False
-    self._give_signals_back()
+    try: _wait(self.folder)
+    finally:
+        if self._group and self.running: tdist.barrier(self._group)
+        if self._group: tdist.destroy_process_group(self._group)
+        self._group = self._vote = None
+        self.running = False
+        self._give_signals_back()
 
 # %% ../nbs/65_checkpoint.ipynb #cb7945c2
-def _grads(model): return [p.grad if p.grad is None or p.grad.any() else 0 for p in model.parameters()]
+def _read(flags):
+    "Lists of truth values, read from each device at once"
+    by = {}
+    for o in flags: by.setdefault(o.device, []).append(o)
+    by = {d:iter(torch.stack(o).tolist()) for d,o in by.items()}
+    return [next(by[o.device]) for o in flags]
+
+def _grads(model):
+    grads = [p.grad for p in model.parameters()]
+    moved = iter(_read([g.any() for g in grads if g is not None]))
+    return [g if g is None or next(moved) else 0 for g in grads]
 
 def _set_grads(model, grads):
     for p,g in zip(model.parameters(), grads): p.grad = None if g is None else torch.zeros_like(p) if isinstance(g, int) else g.to(p)
 
 def _device(model): return next(model.parameters()).device
-
-def _copied(o): return (o.clone() if o.is_cpu else o.cpu()) if isinstance(o, Tensor) else o
 
 @patch
 def _place(self:Checkpoint):
@@ -195,9 +233,10 @@ def state(self:Checkpoint) -> dict: # tensors, numbers, strings, lists and dicts
     if world_size()>1: tdist.all_gather_object(res['rngs'], mine, group=self._group)
     return res
 
-def _finite(o):
-    if isinstance(o, Tensor): return not o.is_floating_point() or bool(o.isfinite().all())
-    return all(map(_finite, o.values() if isinstance(o, dict) else o)) if isinstance(o, (dict,list,tuple)) else True
+def _flags(o):
+    "Of each tensor of floats in `o`: is it finite?"
+    if isinstance(o, Tensor): return [o.isfinite().all()] if o.is_floating_point() else []
+    return [f for i in (o.values() if isinstance(o, dict) else o) for f in _flags(i)] if isinstance(o, (dict,list,tuple)) else []
 
 @patch
 def _check_finite(self:Checkpoint):
@@ -205,7 +244,7 @@ def _check_finite(self:Checkpoint):
     why = ''
     try:
         check_finite(unwrapped(self.learn.model), 'the run')
-        if not _finite(self.learn.opt.state_dict()): why = 'the run has diverged: the optimizer holds NaN or infinite values'
+        if not all(_read(_flags(self.learn.opt.state_dict()))): why = 'the run has diverged: the optimizer holds NaN or infinite values'
     except FloatingPointError as e: why = str(e)
     every = [why]*world_size()
     if world_size()>1: tdist.all_gather_object(every, why, group=self._group)
@@ -213,13 +252,15 @@ def _check_finite(self:Checkpoint):
 
 @patch
 def save(self:Checkpoint):
-    "Save now, and forget the oldest files; a run that has diverged is not saved"
+    "Copy the state now, and let a thread write it and forget the oldest files; a run that has diverged is not saved"
+    _wait(self.folder)
     self._check_finite()
     state,self._last = self.state(),time.monotonic()
     if rank(): return
     self.folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(state, self.folder/f'fit{self._fits:02}-step{self.train_iter:09}.ckpt')
-    for o in self.files[:-self.keep]: o.unlink()
+    with_one = ThreadPoolExecutor(1, 'checkpoint')
+    _writing[os.getpid(),self.folder.absolute()] = with_one.submit(_write, host_copy(state), self.folder/f'fit{self._fits:02}-step{self.train_iter:09}.ckpt', self.keep)
+    with_one.shutdown(wait=False) # the thread ends with the file, and Python with the thread
 
 # %% ../nbs/65_checkpoint.ipynb #5b41aeba
 @patch

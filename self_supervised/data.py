@@ -159,7 +159,7 @@ def tensor_dls(
     drop_last:bool=True, # leave out the last training batch if it is short
     shuffle:bool=True, # a new order of the training images in every epoch
     batch_tfms:list=None, # transforms of batches, such as `Normalize`: for a classifier, as the views of a method are normalised last
-    **kwargs, # to `TfmdDL`, such as `val_bs`, `after_batch`; names that it does not know are refused
+    **kwargs, # to `TfmdDL`, such as `val_bs`, `after_batch`, `pin_memory` (default: if batches go to a GPU); names that it does not know are refused
 ) -> DataLoaders: # batches (x,) or (x,y)
     "DataLoaders over images in memory, with labels or without"
     items = 'images are fetched by the batch: pass batch_tfms'
@@ -173,11 +173,11 @@ def tensor_dls(
     if x.shape[1]!=xv.shape[1]: raise ValueError(f'train has {x.shape[1]} channels, valid has {xv.shape[1]}')
     if vocab is not None and y is None: raise ValueError('vocab names labels, and there are none: pass (images, labels)')
     trn = ImageTensors(x, y, vocab)
-    kwargs = {'num_workers':0, **kwargs, 'after_batch':_steps(batch_tfms, kwargs.get('after_batch'))}
+    device = torch.device(default_device() if device is None else device)
+    kwargs = {'num_workers':0, 'pin_memory':device.type=='cuda', **kwargs, 'after_batch':_steps(batch_tfms, kwargs.get('after_batch'))}
     dl = TensorDL(trn, bs=bs, shuffle=shuffle, drop_last=drop_last, **kwargs)
     if seed is not None: dl.rng = random.Random(seed)
-    return DataLoaders(dl, dl.new(ImageTensors(xv, yv, trn.vocab), bs=val_bs or bs, shuffle=False, drop_last=False),
-                       device=default_device() if device is None else device)
+    return DataLoaders(dl, dl.new(ImageTensors(xv, yv, trn.vocab), bs=val_bs or bs, shuffle=False, drop_last=False), device=device)
 
 # %% ../nbs/10_data.ipynb #a528c96c
 def _draw(

@@ -11,8 +11,10 @@ import torch.distributed as tdist
 from torch import nn, Tensor
 from fastcore.basics import patch
 from fastai.callback.schedule import LRFinder
+from fastai.data import load
 from fastai.distributed import DistributedDL, DistributedTrainer
-from fastai.torch_core import default_device, get_model
+from fastai.learner import Recorder
+from fastai.torch_core import default_device, get_model, to_detach, to_device
 
 # %% ../nbs/00_dist.ipynb #fb49b83d
 def world_size() -> int: # 1 without `torch.distributed`
@@ -43,30 +45,50 @@ def all_reduce(
     return t
 
 # %% ../nbs/00_dist.ipynb #b2ca85c8
+_between_cpus = {} # the process group → one of gloo for the same processes
+
+def _cpu_group():
+    world = tdist.group.WORLD
+    if tdist.get_backend()=='gloo': return world
+    if world not in _between_cpus:
+        _between_cpus.clear()
+        _between_cpus[world] = tdist.new_group(backend='gloo')
+    return _between_cpus[world]
+
 def rank_sizes(
     t:Tensor, # (b,…)
     equal_sizes:bool=False, # all ranks have as many rows as this one; then nothing is sent
 ) -> list: # rows on each rank
     "How many rows of `t` there are on each rank"
     if equal_sizes or world_size()==1: return [len(t)]*world_size()
-    n = torch.tensor([len(t)], device=t.device)
-    out = [torch.empty_like(n) for _ in range(world_size())]
-    tdist.all_gather(out, n)
+    out = [torch.empty(1, dtype=torch.long) for _ in range(world_size())]
+    tdist.all_gather(out, torch.tensor([len(t)]), _cpu_group())
     return torch.cat(out).tolist()
 
 # %% ../nbs/00_dist.ipynb #7334ec26
+def _named(*names): return next((getattr(tdist, o) for o in names if hasattr(tdist, o)), None) # PyTorch 2.14 has other names than what is older
+_gather_whole,_sum_parts = _named('all_gather_single', 'all_gather_into_tensor'),_named('reduce_scatter_single', 'reduce_scatter_tensor')
+
 class GatherLayer(torch.autograd.Function):
     "Concatenate over ranks; backward sums over ranks the gradient of this rank's part"
     @staticmethod
     def forward(ctx, t, sizes):
-        ctx.start,ctx.n,top = sum(sizes[:rank()]),len(t),max(sizes)
+        ctx.start,ctx.n,ctx.even,top = sum(sizes[:rank()]),len(t),len(set(sizes))==1,max(sizes)
+        if ctx.even:
+            out = t.new_empty(len(t)*len(sizes), *t.shape[1:])
+            _gather_whole(out, t.contiguous())
+            return out
         mine = torch.cat([t, t.new_zeros(top-len(t), *t.shape[1:])]) # rows up to the largest rank's: shapes have to agree
         out  = [torch.empty_like(mine) for _ in sizes]
         tdist.all_gather(out, mine)
         return torch.cat([o[:n] for o,n in zip(out, sizes)])
 
     @staticmethod
-    def backward(ctx, grad): return all_reduce(grad.contiguous())[ctx.start:ctx.start+ctx.n],None
+    def backward(ctx, grad):
+        if not ctx.even or grad.is_cuda and tdist.get_backend()=='gloo': return all_reduce(grad.contiguous())[ctx.start:ctx.start+ctx.n],None
+        mine = grad.new_empty(ctx.n, *grad.shape[1:])
+        _sum_parts(mine, grad.contiguous())
+        return mine,None
 
 # %% ../nbs/00_dist.ipynb #966175c2
 def all_gather(
@@ -95,7 +117,7 @@ def all_mean(
     return mine + (total/count-mine).detach()
 
 # %% ../nbs/00_dist.ipynb #f1333795
-_init,_wrap,_get_idxs,_find = DistributedTrainer.__init__,DistributedTrainer._wrap_dl,DistributedDL.get_idxs,LRFinder.before_fit
+_init,_get_idxs,_find = DistributedTrainer.__init__,DistributedDL.get_idxs,LRFinder.before_fit
 
 @patch
 def __init__(self:DistributedTrainer, sync_bn=True, **kwargs):
@@ -105,8 +127,14 @@ def __init__(self:DistributedTrainer, sync_bn=True, **kwargs):
 
 @patch
 def _wrap_dl(self:DistributedTrainer, dl):
-    "A loader that says of itself that it has the share of this process is not dealt out again"
-    return dl if getattr(type(dl), 'is_share', False) else _wrap(self, dl)
+    "A loader that says of itself that it has the share of this process is not dealt out again; one process on a GPU is not wrapped in DDP, and has no `device`"
+    if isinstance(dl, DistributedDL) or getattr(type(dl), 'is_share', False): return dl
+    return DistributedDL(dl, device=getattr(self.learn.model, 'device', default_device()))
+
+@patch
+def after_fit(self:DistributedTrainer):
+    "The model as it was, also where it was not wrapped"
+    self.learn.model,self.learn.dls.loaders = get_model(self.learn.model),self.old_dls
 
 @patch
 def _broadcast(self:DistributedDL, t, rank):
@@ -125,3 +153,55 @@ def before_fit(self:LRFinder):
     "Save the model for `lr_find` on every rank: fastai does on rank 0 only, which then waits for the others to load it"
     _find(self)
     if rank(): torch.save({'model':get_model(self.learn.model).state_dict(), 'opt':self.opt.state_dict()}, self.path/self.model_dir/self.tmp_p/'_tmp.pth')
+
+def _to_device(b, device=None, non_blocking=False):
+    "A copy to a GPU is not waited for: pinned memory is kept until it is over, and what is not pinned has been read when the call returns"
+    return to_device(b, device, non_blocking or torch.device(default_device() if device is None else device).type=='cuda')
+load.to_device = _to_device
+
+class _OnItsWay:
+    "A number that is being copied from a GPU"
+    def __init__(self, t): self.t,self.event = t.to('cpu', non_blocking=True),torch.cuda.current_stream(t.device).record_event()
+    def has_come(self): return self.event.query()
+    def get(self):
+        self.event.synchronize()
+        return self.t
+
+def _can_be_late(rec): return rec.training and rec.learn.loss.is_cuda and not rec.train_metrics and not any(isinstance(o, LRFinder) for o in rec.learn.cbs)
+
+_begin,_note,_log = Recorder.before_fit,Recorder.after_batch,Recorder.after_train
+
+@patch
+def settle(self:Recorder, late=0):
+    "Note the losses that have come, and wait for all but the last `late`"
+    coming,smooth = vars(self).setdefault('_coming', []),self.smooth_loss
+    while coming and (len(coming)>late or coming[0].has_come()): # what `AvgSmoothLoss.accumulate` and `Recorder.after_batch` do
+        smooth.count += 1
+        smooth.val = torch.lerp(coming.pop(0).get(), smooth.val, smooth.beta)
+        self.losses.append(smooth.value)
+        self.learn.smooth_loss = smooth.value
+
+@patch
+def before_fit(self:Recorder):
+    "Nothing is on its way"
+    self._coming = []
+    _begin(self)
+
+@patch
+def after_batch(self:Recorder):
+    "Do not wait for the loss of a GPU, but for the first: progress bars want one to show"
+    if not len(self.yb) or not _can_be_late(self): return _note(self)
+    self.lrs.append(self.opt.hypers[-1]['lr'])
+    self._coming.append(_OnItsWay(to_detach(self.learn.loss.mean(), cpu=False)))
+    self.settle(4 if self.losses and 'smooth_loss' in vars(self.learn) else 0)
+
+@patch
+def after_train(self:Recorder):
+    "All losses, before they are logged"
+    self.settle()
+    _log(self)
+
+@patch
+def after_fit(self:Recorder):
+    "All losses, also of a fit that was cancelled"
+    self.settle()

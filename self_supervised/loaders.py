@@ -16,7 +16,8 @@ import torch.utils.data as torch_data
 from torch import Tensor
 from fastcore.basics import GetAttr, first, patch
 from fastai.data.core import DataLoaders
-from fastai.torch_core import default_device, to_device
+from fastai.data.load import to_device
+from fastai.torch_core import default_device
 
 from .basics import loader_facts, rng_states, set_rng_states, warn_once
 from .batches import batch_parts

@@ -6,8 +6,12 @@
 __all__ = ['EpochIds', 'check_countable', 'fill_memory', 'refresh_memory']
 
 # %% ../nbs/32_memory.ipynb #3d80b8a6
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
+from fastcore.basics import first
+from fastai.callback.fp16 import MixedPrecision
 from fastai.data.load import DataLoader
 from fastai.distributed import DistributedDL
 
@@ -22,15 +26,16 @@ class EpochIds:
     "The numbers, in the dataset, of the images of each batch of an epoch"
     def __init__(self,
         dl:DataLoader, # of fastai, in the first batch that it gives in this epoch
+        device='cpu', # where the numbers are wanted: they go there once an epoch and not batch by batch
     ):
-        self.order,self.bs,self.first = list(dl.sample()),dl.bs,vars(dl).get('first_batch', 0)
+        self.order,self.bs,self.first = torch.tensor(list(dl.sample()), device=device),dl.bs,vars(dl).get('first_batch', 0)
 
     def __getitem__(self,
         i:int, # number of a batch
     ) -> Tensor: # (B,) int64
         "The images of batch `i`"
         at = (i-self.first)*self.bs
-        return torch.tensor(self.order[at:at+self.bs])
+        return self.order[at:at+self.bs]
 
 # %% ../nbs/32_memory.ipynb #4cb593f4
 def check_countable(
@@ -55,9 +60,12 @@ def fill_memory(
     each = -(-dl.n//world_size()) # the same for all processes: their batch norms wait for each other
     mine = [i%dl.n for i in range(rank()*each, (rank()+1)*each)]
     mine+= mine[:each%dl.bs==1] # nor can they do with a last batch of one image
+    half = getattr(first(o for o in cb.learn.cbs if isinstance(o, MixedPrecision)), 'autocast', None) or nullcontext() # as in training
+    def project(x):
+        with half: z = cb.projections(cb.ssl_model(cb.inputs(x)))
+        return z.to(torch.promote_types(z.dtype, torch.float32)).unflatten(0, (len(views),-1))
     with raw_batches(dl.new(drop_last=False, get_idxs=lambda: mine)) as every:
-        part = [cb.projections(cb.ssl_model(cb.inputs(make_views(augs, unnormalized(images_labels(b)[0], dl).as_subclass(Tensor))))).unflatten(0, (len(views),-1))
-                for b in every]
+        part = [project(make_views(augs, unnormalized(images_labels(b)[0], dl).as_subclass(Tensor))) for b in every]
     part = torch.cat(part, 1)
     if part.shape[1]!=len(mine): raise ValueError(
         f'{part.shape[1]} of {len(mine)} images came from the DataLoader, so nobody knows which are missing: leave those that cannot be read out of the dataset')

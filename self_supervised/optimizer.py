@@ -10,14 +10,18 @@ import math
 
 import torch
 from timm.optim.lars import Lars
-from fastai.optimizer import Optimizer, OptimWrapper, average_grad
+from fastai.optimizer import Optimizer, OptimWrapper
 
 # %% ../nbs/60_optimizer.ipynb #0f934cac
+def _zero_grads(opt):
+    grads = [p.grad.detach() for p,*_ in opt.all_params(with_grad=True)]
+    if grads: torch._foreach_zero_(grads)
+
 class _Larc(OptimWrapper):
     "timm's `Lars`, which leaves the tensors that fastai exempts alone"
     def zero_grad(self):
         "Zeros and not None, as fastai's own: a tensor that has no part in the next loss still moves by its momentum"
-        self.opt.zero_grad(set_to_none=False)
+        _zero_grads(self)
 
     def step(self, closure=None):
         "One step, in which the exempt tensors of each group are a group of their own, of plain SGD"
@@ -40,15 +44,37 @@ def LARC(
     return _Larc(params, Lars, lr=lr, momentum=mom, weight_decay=wd, trust_coeff=trust_coeff, eps=eps, trust_clip=clip, always_adapt=True)
 
 # %% ../nbs/60_optimizer.ipynb #8849ff5c
-def _scale_grad(p, lr, wd, trust_coeff, eps, do_wd=True, **kwargs):
-    "γ λ (g + β w) in place of the gradient g of `p`, and γ g if the layer is exempt"
-    w,g = p.data,p.grad.data
-    if do_wd:
-        nw,ng = w.norm(),g.norm()
-        g.add_(w, alpha=wd).mul_(torch.where((nw>0) & (ng>0), trust_coeff*nw/(ng + wd*nw + eps), 1.))
-    g.mul_(lr)
+class _Lars(Optimizer):
+    "LARS, for all tensors of a group that are alike at once"
+    def zero_grad(self): _zero_grads(self)
 
-def _step(p, grad_avg, **kwargs): p.data.sub_(grad_avg)
+    def _velocity(self, p):
+        state = self.state[p]
+        if 'grad_avg' not in state: state['grad_avg'] = torch.zeros_like(p)
+        return state['grad_avg']
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        "One step; gradients become γ λ (g + β w), and those of exempt tensors γ g"
+        if closure is not None: raise NotImplementedError('optimizers of fastai take no closure')
+        for ps,h in zip(self.param_lists, self.hypers):
+            alike = {}
+            for p in ps:
+                if p.grad is None: continue
+                where = id(p) if p.is_cpu else p.device # a CPU keeps one tensor in its cache, and takes one after the other
+                alike.setdefault((where, p.dtype, self.state[p].get('do_wd', True)), []).append(p)
+            for (*_,adapts),ws in alike.items():
+                gs = [p.grad for p in ws]
+                if adapts:
+                    nw,ng = (torch.stack(torch._foreach_norm(o)) for o in (ws,gs))
+                    rates = torch.where((nw>0) & (ng>0), h['trust_coeff']*nw/(ng + h['wd']*nw + h['eps']), 1.)
+                    torch._foreach_add_(gs, ws, alpha=h['wd'])
+                    torch._foreach_mul_(gs, rates.unbind())
+                torch._foreach_mul_(gs, h['lr'])
+                vs = [self._velocity(p) for p in ws]
+                torch._foreach_mul_(vs, h['mom'])
+                torch._foreach_add_(vs, gs)
+                torch._foreach_sub_(ws, vs)
 
 def LARS(
     params, # parameters, or lists of them
@@ -59,7 +85,7 @@ def LARS(
     eps:float=1e-8, # added to the denominator
 ) -> Optimizer: # of fastai
     "The optimizer of You et al. 2017 and of SimCLR: `LARC` with the learning rate inside the momentum"
-    return Optimizer(params, [_scale_grad, average_grad, _step], lr=lr, mom=mom, wd=wd, trust_coeff=trust_coeff, eps=eps)
+    return _Lars(params, [], lr=lr, mom=mom, wd=wd, trust_coeff=trust_coeff, eps=eps)
 
 # %% ../nbs/60_optimizer.ipynb #6efbe60b
 def warmup_cos(

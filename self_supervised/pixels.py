@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .basics import block_rows, check_size
+from .kernels import crops, has_kernels
 from .packed import PackedImages
 from .ranges import usable_images
 
@@ -79,7 +80,7 @@ def cut_boxes(
 
 def _packed_at_once(x, boxes, size, flip, ids):
     "`crops_at_once`, block by block of what is cut"
-    if ids is None: ids = torch.arange(len(x))
+    if ids is None: ids = torch.arange(len(boxes)) % len(x)
     n = block_rows(x.pixels, int(boxes[:,2:].amax(0).prod())*x.channels)
     inside = torch.cat([torch.zeros_like(boxes[:,:2]), boxes[:,2:]], 1)
     flips = [None]*len(ids) if flip is None else flip.split(n)
@@ -91,14 +92,19 @@ def crops_at_once(
     boxes:Tensor, # (n,4) whole numbers: top, left, height, width, in pixels; on the CPU for `PackedImages`
     size:tuple, # (h,w) of the result, in pixels
     flip:Tensor=None, # (n,) bool: which to mirror; None: none
-    ids:Tensor=None, # (n,) on the CPU: the image to cut each from, for `PackedImages`; None: one from each, n=B
+    ids:Tensor=None, # (n,) on the CPU: the image to cut each from, for `PackedImages`; None: one after the other, n a multiple of B
 ) -> Tensor: # (n,C,h,w) float in [0,1]
-    "Crops as products of matrices: no loop over images, and no value is read back"
+    "Crops of all images together: a kernel on a CUDA card, else products of matrices; no loop over images, and no value is read back"
+    if has_kernels(x): return crops(x, boxes, size, flip, ids)
     if isinstance(x, PackedImages): return _packed_at_once(x, boxes, size, flip, ids)
     x,(t,l,h,w) = unit_float(x),boxes.to(x.device, non_blocking=True).T
-    down,across = _resize_weights(t, h, x.shape[2], size[0]),_resize_weights(l, w, x.shape[3], size[1]) # (B,h,H), (B,w,W)
+    (B,C,H,W),n = x.shape,len(boxes)//len(x)
+    def _of_each(weights): return weights.to(x).unflatten(0, (n,B)).transpose(0, 1)        # (n·B,…) → (B,n,…)
+    down,across = _resize_weights(t, h, H, size[0]),_resize_weights(l, w, W, size[1])     # (n·B,h,H), (n·B,w,W)
     if flip is not None: across = torch.where(flip[:,None,None], across.flip(1), across)
-    return down[:,None].to(x) @ (x @ across[:,None].mT.to(x))
+    rows = _of_each(down).flatten(1, 2) @ x.transpose(1, 2).flatten(2)                    # (B,n·h,C·W): all views of an image in one product
+    res  = rows.view(B,n,-1,W) @ _of_each(across).mT                                      # (B,n,h·C,w)
+    return res.view(B,n,size[0],C,size[1]).permute(1,0,3,2,4).flatten(0, 1)
 
 @full_precision
 def crops_one_by_one(
@@ -270,7 +276,7 @@ def rand_boxes(
     if same and isinstance(height, Tensor):
         H,W = (round(o.double().mean().item()) for o in (height,width))
         return _scaled(rand_boxes(1, H, W, scale, ratio)[0], (H,W), (height,width))
-    H,W = (o[:,None] if isinstance(o, Tensor) else torch.tensor(o) for o in (height,width)) # one number mixes with any device
+    H,W = (o[:,None] if isinstance(o, Tensor) else torch.full((1,1), o, device=device) for o in (height,width))
     m,rand = 1 if same else n,partial(torch.empty, device=device)
     area = H*W*rand(m,10).uniform_(*scale)
     r = rand(m,10).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp()

@@ -13,14 +13,21 @@ from .dist import all_gather, rank, rank_sizes, world_size
 
 # %% ../nbs/31_queue.ipynb #6d81c375
 class FeatureQueue(nn.Module):
-    "The last `length` projections of each assigning view, newest first; a buffer, so it is saved with the model"
+    "The last `length` projections of each assigning view, newest first; they are saved with the model and move with it"
     def __init__(self,
         length:int=0, # projections remembered for each assigning view; 0 for no queue
     ):
         super().__init__()
         if not isinstance(length, int) or length<0: raise ValueError(f'length={length!r} must be a whole number of projections, or 0 for no queue')
-        self.length = length
-        self.register_buffer('feats', torch.zeros(0,0,0)) # (A,n,D): assigning views, projections so far, size of a projection
+        self.length,self.feats = length,torch.zeros(0,0,0)
+
+    @property
+    def feats(self) -> Tensor: # (A,n,D): assigning views, projections so far, size of a projection; not a copy, and nobody writes into it
+        "What is remembered"
+        return self._room[:, self._at:self._at+self._n]
+
+    @feats.setter
+    def feats(self, t): self._room,self._at,self._n = t,0,t.shape[1]
 
     @property
     def full(self) -> bool: # can it join the assignment?
@@ -34,9 +41,15 @@ class FeatureQueue(nn.Module):
     ):
         "Remember `z` of all ranks and forget what is oldest"
         z = z.detach().transpose(0,1)
-        z = all_gather(z, rank_sizes(z, equal_sizes)).transpose(0,1)
-        old = [self.feats] if len(self.feats) else []
-        self.feats = torch.cat([z.to(self.feats), *old], 1)[:, :self.length].clone(memory_format=torch.contiguous_format) # DDP sends no slices
+        z = all_gather(z, rank_sizes(z, equal_sizes)).transpose(0,1)[:, :self.length]
+        A,B,D = z.shape
+        keep  = min(self._n, self.length-B)
+        if self._at<B or len(self._room)!=A:
+            room,at = self._room.new_empty(A, 2*self.length, D),2*self.length-keep
+            if keep: room[:, at:] = self.feats[:, :keep]
+            self._room,self._at = room,at
+        self._at,self._n = self._at-B,keep+B
+        self._room.data[:, self._at:self._at+B] = z # `data`: autograd need not know, as no row that it may have kept is changed
 
     @property
     def local(self) -> Tensor: # (A,n/N,D)
@@ -50,12 +63,19 @@ class FeatureQueue(nn.Module):
     ):
         "Keep what fits: the newest `length` projections, or nothing if views or dimension differ"
         self.length = length
-        if self.feats.shape[::2]==(n_views,dim): self.feats = self.feats[:, :length].clone(memory_format=torch.contiguous_format)
+        if self.feats.shape[::2]==(n_views,dim): self._n = min(self._n, length)
         elif len(self.feats): self.feats = self.feats.new_zeros(0,0,0)
 
+    def _apply(self, fn, *args, **kwargs):
+        "Move with the model"
+        self._room = fn(self._room)
+        return super()._apply(fn, *args, **kwargs)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars): destination[prefix+'feats'] = self.feats.clone(memory_format=torch.contiguous_format)
+
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        "Take the size of the saved queue: how full it was is part of the state; a model that was saved without one had nothing to remember"
-        self.feats = self.feats.new_empty(state_dict.setdefault(prefix+'feats', torch.zeros(0,0,0)).shape)
+        "As full as the saved queue was; a model that was saved without one had nothing to remember"
+        self.feats = state_dict.pop(prefix+'feats', torch.zeros(0,0,0)).detach().to(self._room, copy=True)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self): return f'length={self.length}'

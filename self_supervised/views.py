@@ -15,6 +15,7 @@ from fastcore.basics import AttrDict
 from fasttransform import Pipeline, compose_tfms
 from fastai.torch_core import TensorBase
 
+from .kernels import blur_mix, has_kernels
 from .packed import PackedImages
 from .pipelines import assert_aug_pipelines, check_view_ids, make_views, show_views
 from .pixels import apply_where, crops_at_once, crops_one_by_one, full_precision, one_by_one
@@ -27,30 +28,39 @@ _all_ = ['assert_aug_pipelines', 'check_view_ids', 'make_views', 'show_views']
 
 # %% ../nbs/13_views.ipynb #ca33d4d9
 def _draw(x, n, s):
-    "What is random in `n` views of images `x`, through steps `s`: boxes, for every step which views it is for and its parameters, and the weights of colours"
-    own,c,device = isinstance(x, PackedImages),x.shape[1],x.device
-    shape = (n, c, *(o.repeat(n//len(x)) if own else o for o in x.shape[2:]))
-    d = AttrDict(boxes=s.crop.params(shape, None if own else device)) # (n,4)
+    "What is random in `n` views of images `x`, through steps `s`: boxes, for every step which views it is for and its parameters, and the weights of colours; on the CPU"
+    c = x.shape[1]
+    shape = (n, c, *(o.repeat(n//len(x)) if isinstance(o, Tensor) else o for o in x.shape[2:]))
+    d = AttrDict(boxes=s.crop.params(shape)) # (n,4)
     for k in ('flip','rotate','jitter','gray','blur','solarize'): # (n,) bool, (n,…) …
-        d[k] = (s[k].mask(n, device), *s[k].params(shape, device)) if s[k] else (torch.zeros(n, dtype=torch.bool, device=device),)
-    d.weights = torch.eye(c, device=device).repeat(1, 2).expand(n,c,2*c) # D and M side by side, as in `jitter_weights`
+        d[k] = (s[k].mask(n), *s[k].params(shape)) if s[k] else (torch.zeros(n, dtype=torch.bool),)
+    d.weights = torch.eye(c).repeat(1, 2).expand(n,c,2*c) # D and M side by side, as in `jitter_weights`
     def _where(picked, weights): return torch.where(picked[:,None,None], weights, d.weights)
     if s.jitter: d.weights = _where(d.jitter[0], jitter_weights(*d.jitter[1:], c))
     if s.gray and has_rgb(x.shape): d.weights = _where(d.gray[0], to_gray(d.weights).expand_as(d.weights))
     return d
 
 # %% ../nbs/13_views.ipynb #8efea3f6
+def _fused(v, d, s, mean):
+    "What follows the crops, as a kernel"
+    (D,M),zero = d.weights.chunk(2, 2),torch.zeros(len(v), device=v.device)
+    stats = [o.flatten() for o in s.norm.stats_for(v)] if s.norm else (zero.new_zeros(v.shape[1]),zero.new_ones(v.shape[1]))
+    sigma,radius = (torch.where(d.blur[0], d.blur[1], zero),s.blur.kernel_size//2) if s.blur else (zero,0)
+    return blur_mix(v, D, ((M-D)@mean)[...,0], sigma, radius, d.solarize[0], s.solarize.threshold if s.solarize else 1., *stats)
+
 def _views_at_once(x, n_views, s):
     "`n_views` views of each image, by operations on all of them: no loop over images, no value read back"
     d = _draw(x, n_views*len(x), s) # n = n_views·B: view v of image i is number v·B+i
+    def _there(o): return tuple(map(_there, o)) if isinstance(o, tuple) else o.to(x.device, non_blocking=True)
+    d.update({k: _there(o) for k,o in d.items() if k in ('flip','rotate','blur','solarize','weights')})
     def _step(k, v): return apply_where(v, d[k][0], s[k].apply, *d[k][1:]) if s[k] else v
-    if isinstance(x, PackedImages): v = crops_at_once(x, d.boxes, s.crop.size, d.flip[0], torch.arange(len(x)).repeat(n_views))
-    else: v = crops_at_once(x.repeat(n_views,1,1,1), d.boxes, s.crop.size, d.flip[0])
-    v = v.float()                                                                       # (n,C,h,w)
+    v = crops_at_once(x, d.boxes, s.crop.size, d.flip[0]).float()                       # (n,C,h,w)
     v = _step('rotate', v)
     mean = v.mean((2,3))[...,None]                                                      # (n,C,1), of the sharp image
-    v = _step('solarize', mix_colors(_step('blur', v), d.weights, mean).clamp_(0, 1))
-    if s.norm: v = s.norm.encodes(v)
+    if has_kernels(v): v = _fused(v, d, s, mean)
+    else:
+        v = _step('solarize', mix_colors(_step('blur', v), d.weights, mean).clamp_(0, 1))
+        if s.norm: v = s.norm.encodes(v)
     return v.contiguous(memory_format=torch.channels_last).chunk(n_views)               # n_views times (B,C,h,w)
 
 # %% ../nbs/13_views.ipynb #0e596612
@@ -128,7 +138,7 @@ def _views_on_cpu(x, n_views, s):
 def _render(x, n_views, s): return (_views_on_cpu if one_by_one(x) else _views_at_once)(x, n_views, s)
 
 # %% ../nbs/13_views.ipynb #055e0b6d
-_fused = dict(crop=RandomCropResize, flip=RandomFlip, rotate=RandomRotate, jitter=RandomJitter, gray=RandomGray, blur=RandomGaussianBlur,
+_steps = dict(crop=RandomCropResize, flip=RandomFlip, rotate=RandomRotate, jitter=RandomJitter, gray=RandomGray, blur=RandomGaussianBlur,
               solarize=RandomSolarize, norm=NormalizeView)
 
 class ViewPipeline(Pipeline):
@@ -142,8 +152,8 @@ class ViewPipeline(Pipeline):
         "Several views at once, which is faster for small ones"
         if x.ndim!=4: raise ValueError(f'the images have shape {tuple(x.shape)}, they must be a batch (B,C,H,W): one image x is the batch x[None]')
         kind,x = type(x) if isinstance(x, TensorBase) else Tensor, usable_images(x.as_subclass(Tensor)) # a subclass would take its time in every operation
-        s,rest = AttrDict.fromkeys(_fused),list(self.fs)
-        for nm,t in _fused.items():
+        s,rest = AttrDict.fromkeys(_steps),list(self.fs)
+        for nm,t in _steps.items():
             if rest and type(rest[0]) is t and not getattr(rest[0], 'exact_hue', False): s[nm] = rest.pop(0)
         if not s.crop: return [Pipeline.__call__(self, x).as_subclass(kind) for _ in range(n)]
         times = 1 if any(getattr(o, 'same_on_batch', False) for o in s.values()) else n

@@ -1,6 +1,7 @@
 "What all tests share: quiet threads, no windows, a fixed seed, and copies of this project to spoil"
 import os
 os.environ.setdefault('MPLBACKEND', 'Agg')
+if not os.path.exists('/dev/nvidiactl'): os.environ.setdefault('TRITON_INTERPRET', '1') # without a card, kernels run on the CPU; Triton asks when they are defined
 
 import inspect, shutil, subprocess, sys
 from pathlib import Path

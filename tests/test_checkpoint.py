@@ -1,10 +1,12 @@
 "A run that was killed ends as one that was not, to the bit; damaged files are named; encoders come back as they were"
-import json, os, random, signal, time, warnings
+import json, os, random, signal, threading, time, warnings
 from collections import deque
+from contextlib import nullcontext
 from copy import deepcopy
 from enum import Enum
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np, pytest, timm, torch, torchvision
 import torch.distributed as tdist
@@ -30,7 +32,7 @@ from self_supervised.queue import FeatureQueue
 from self_supervised.replay import batches_after
 from self_supervised.run_settings import run_settings
 from self_supervised.basics import rng_states
-from self_supervised.state import load_model, plain, restored, set_state, state_of
+from self_supervised.state import host_copy, load_model, plain, restored, set_state, state_of
 from self_supervised.vision.swav import SWAV
 from self_supervised.watcher import Watcher
 
@@ -681,6 +683,100 @@ def test_writing_fails(tmp_path, monkeypatch):
             m.setattr(os, nm, lambda *args: (_ for _ in ()).throw(OSError('full')))
             with pytest.raises(OSError): write_atomic({'a':2}, f)
         assert read_checked(f)=={'a':1}
+
+class Held:
+    "A disk that is slow: `write_atomic` waits until `go`"
+    def __init__(self, monkeypatch):
+        self.began,self.go,self.n,self.at_once = threading.Event(),threading.Event(),0,0
+        monkeypatch.setattr(checkpoint, 'write_atomic', self.write)
+    def write(self, *args):
+        self.n += 1
+        self.at_once = max(self.at_once, self.n)
+        self.began.set()
+        assert self.go.wait(30)
+        write_atomic(*args)
+        self.n -= 1
+
+def in_step(n, *fs):
+    "Calls, once step `n` has changed the weights"
+    class In(Watcher):
+        def after_step(self):
+            if self.train_iter==n-1: [f() for f in fs]
+    return In
+
+def test_training_goes_on_while_a_file_is_written(tmp_path, monkeypatch):
+    "Three steps and a validation change everything in place; in the file is what was when it was saved"
+    def content(f): return {k:{n:{a:b for a,b in o.items() if a!='start_epoch'} for n,o in v.items()} if k=='cbs' else v for k,v in read_checked(f).items()}
+    fit(make(tmp_path/'fast', steps=4, keep=9, cbs=[in_step(8)]))
+    held = Held(monkeypatch)
+    fit(make(tmp_path/'slow', steps=4, keep=9, cbs=[in_step(8, held.began.wait, held.go.set)]))
+    a,b = (sorted((tmp_path/o).glob('*.ckpt')) for o in ('fast','slow'))
+    assert [o.name for o in a]==[o.name for o in b] and len(a)==4 and held.at_once==1
+    for x,y in zip(a, b): assert same(content(x), content(y)), x
+
+def test_validation_changes_nothing_that_is_saved(tmp_path):
+    "What is saved after the first batch of validation, when a signal came, is what was before it"
+    class Sums(Watcher):
+        def __init__(self): self.sum = torch.zeros(1)
+        def after_batch(self):
+            self.sum += 1
+            if not self.training: self.learn.checkpoint.stopped = 'SIGTERM'
+    fit(learn := make(tmp_path, steps=None, cbs=[Sums]))
+    assert learn.sums.sum==6 and learn.checkpoint.newest()[1]['cbs']['sums']['sum']==5
+
+@pytest.mark.parametrize('ends', ['end','error','ask'])
+def test_everybody_waits_for_the_file(tmp_path, monkeypatch, ends):
+    "The end of a fit, an error in it, and whoever looks into the folder"
+    held,seen = Held(monkeypatch),[]
+    learn = make(tmp_path, steps=4, cbs=[in_step(5, held.began.wait, threading.Timer(.3, held.go.set).start, *([lambda: seen.append(Checkpoint(tmp_path).newest())] if ends=='ask' else []))])
+    if ends!='end': learn.add_cb(Die('after_step', 5))
+    with pytest.raises(KeyboardInterrupt) if ends!='end' else nullcontext(): fit(learn, 1)
+    assert [int(o.stem[-9:]) for o in sorted(tmp_path.glob('*.ckpt'))]==[4,5][:1+(ends=='end')]
+    assert '_with_events' not in vars(learn) and not checkpoint._writing and (ends!='ask' or seen[0][1]['train_iter']==4)
+
+@pytest.mark.parametrize('bad', [2,5])
+def test_a_full_disk_is_said(tmp_path, monkeypatch, bad):
+    "By the next save, or the end of the fit; the file before is there; and it is said once"
+    def full(state, path):
+        if int(path.stem[-9:])==bad: raise OSError(28, 'No space left on device', str(path))
+        write_atomic(state, path)
+    monkeypatch.setattr(checkpoint, 'write_atomic', full)
+    learn = make(tmp_path, steps=1 if bad==2 else 4)
+    with pytest.raises(OSError, match='No space left on device.*fit01-step00000000'): fit(learn, 1)
+    assert learn.checkpoint.last_saved.name==f'fit01-step00000000{bad-1}.ckpt' and len(learn.recorder.losses)==min(bad+1, 5) and '_with_events' not in vars(learn)
+    assert signal.getsignal(signal.SIGTERM)==signal.SIG_DFL or bad==2
+
+def _leaves(folder):
+    "A process that fails in the middle of writing, and looks at no file"
+    write = checkpoint.write_atomic
+    checkpoint.write_atomic = lambda *args: (time.sleep(.5), write(*args))
+    learn = make(Path(folder), steps=4, cbs=[in_step(5, lambda: vars(learn).pop('_with_events'))]) # nor waits
+    learn.add_cb(Die('after_step', 5))
+    fit(learn)
+
+def test_the_end_of_python_waits(tmp_path):
+    r = processes.run(_leaves, str(tmp_path), timeout=60)
+    assert r.returncode and 'KeyboardInterrupt' in r.stderr
+    f, = tmp_path.glob('*.ckpt')
+    assert read_checked(f)['train_iter']==4 and not list(tmp_path.glob('*.part'))
+
+def test_host_copy(monkeypatch):
+    "Of a GPU, which is pretended here: pinned, without waiting for each, one wait at the end; layout and sharing stay"
+    class Card(torch.Tensor): is_cuda = True
+    pinned,waits,copies,empty,copy_ = [],[],[],torch.empty_like,torch.Tensor.copy_
+    monkeypatch.setattr(torch, 'empty_like', lambda t, device, pin_memory: pinned.append(pin_memory) or empty(t.as_subclass(torch.Tensor), device=device))
+    monkeypatch.setattr(torch.Tensor, 'copy_', lambda a, b, non_blocking=False: copies.append(non_blocking) or copy_(a, b.as_subclass(torch.Tensor), non_blocking))
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda d: waits.append(d) or SimpleNamespace(synchronize=lambda: waits.append('wait')))
+    w,v = torch.rand(2,3,4,5).to(memory_format=torch.channels_last),torch.rand(3)
+    on_card = w.as_subclass(Card)
+    state = {'a':on_card, 'b':[on_card, v, None], 'c':({'d':v[1:]}, 'x', 2)}
+    got = host_copy(state)
+    assert pinned==[True,False,False] and all(copies) and waits==[torch.device('cpu'),'wait']
+    assert got['a'] is got['b'][0] and torch.equal(got['a'], w) and got['a'].stride()==w.stride() and type(got['a']) is torch.Tensor
+    m = nn.BatchNorm2d(2)
+    assert host_copy(m.state_dict())._metadata==m.state_dict()._metadata # versions of layers
+    want = v.clone(); v.zero_()
+    assert torch.equal(got['b'][1], want) and torch.equal(got['c'][0]['d'], want[1:]) and got['c'][1:]==('x',2) and got['b'][2] is None
 
 class Evil:
     def __reduce__(self): return os.system, ('echo evil > /dev/null',)

@@ -14,6 +14,7 @@ from PIL import Image, ImageFile
 from torch import nn
 
 import self_supervised
+from self_supervised.basics import not_finite
 from self_supervised import data
 from self_supervised.data import fashion_mnist, fashion_mnist_classes, image_dls, no_loss, open_image, tensor_dls
 from self_supervised.image_files import ImageFileError
@@ -407,3 +408,17 @@ def test_show_batch(folder):
         axs = plt.gcf().axes
         assert sum(len(o.images) for o in axs)==3 and {o.get_title() for o in axs if o.images}=={'hat' if len(dls.train_ds[0])==2 else ''}
         plt.close('all')
+
+def test_batches_for_a_gpu_are_pinned():
+    "A copy from other memory stops everything that the GPU has been asked for before it"
+    x = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    for device,pinned in (('cpu',False), ('cuda',True), (torch.device('cuda',1),True)):
+        assert [o.pin_memory for o in tensor_dls(x, x, bs=2, device=device).loaders]==[pinned]*2
+    assert not tensor_dls(x, bs=2, device='cuda', pin_memory=False).train.pin_memory
+
+def test_a_model_is_asked_once_whether_it_is_finite(monkeypatch):
+    m = torch.nn.Sequential(torch.nn.Linear(2,2), torch.nn.BatchNorm1d(2), torch.nn.Linear(2,2))
+    monkeypatch.setattr(torch.Tensor, '__bool__', lambda o: pytest.fail('a value was read'))
+    assert not_finite(m)==[]
+    m[0].bias.data[1],m[1].running_var[0],m[1].running_mean[0],m[2].weight.data[0,0] = torch.inf,torch.inf,torch.nan,torch.nan
+    assert not_finite(m)==['0.bias','2.weight','1.running_mean']

@@ -4,6 +4,7 @@ from functools import lru_cache, partial
 from io import StringIO
 
 import pytest, torch
+import torch.distributed as tdist
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import LRFinder # noqa: F401 (patches lr_find into Learner)
@@ -12,6 +13,7 @@ from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from torch import nn
 
+from self_supervised import dist
 from self_supervised.data import tensor_dls
 from self_supervised.dist import all_gather, all_mean, all_reduce, rank, rank_sizes, world_size
 from self_supervised.queue import FeatureQueue
@@ -47,7 +49,11 @@ def functions(folder):
     uq = FeatureQueue(length=9); uq.push(torch.stack([share(x, n, r)]*2))
     z = torch.cat([share(o, n, r) for o in views(n)]).requires_grad_()
     nt = all_mean(nt_xent_loss(z, .3, n_views=3), sizes[n][r]); nt.backward()
-    return dict(me=(rank(), world_size()), joined=joined.detach(), grad=mine.grad, total=all_reduce(s.sum(0)), top=all_reduce(s.amax(0), 'max'),
+    backend,tdist.get_backend = tdist.get_backend,lambda: 'nccl' # then numbers travel between the CPUs all the same
+    try: between_cpus = [rank_sizes(share(x, n, r)) for _ in range(3)]
+    finally: tdist.get_backend = backend
+    assert len(dist._between_cpus)==1
+    return dict(between_cpus=between_cpus, me=(rank(), world_size()), joined=joined.detach(), grad=mine.grad, total=all_reduce(s.sum(0)), top=all_reduce(s.amax(0), 'max'),
                 columns=all_gather(s.T.contiguous().T), codes=sinkhorn_knopp(s), large=sinkhorn_knopp(s*1e4), queue=q.feats, local=q.local,
                 sizes=rank_sizes(u), uneven=all_gather(share(x, n, r)), uneven_queue=uq.feats, uneven_codes=sinkhorn_knopp(share(x, n, r)),
                 mean=loss.detach(), mean_grad=u.grad, nt=nt.detach(), nt_grad=z.grad)
@@ -60,7 +66,7 @@ def test_functions(n, tmp_path):
     one = FeatureQueue(length=7)
     for _ in range(2): one.push(torch.stack([x, -x]))
     for r,o in enumerate(res):
-        assert o['me']==(r, n)
+        assert o['me']==(r, n) and o['between_cpus']==[sizes[n]]*3
         assert torch.equal(o['joined'], x) and torch.equal(o['columns'], x)
         torch.testing.assert_close(o['total'], x.sum(0)); assert torch.equal(o['top'], x.amax(0))
         assert torch.equal(o['queue'], one.feats)
@@ -208,7 +214,7 @@ def everyday(folder):
         before,rng = {k:v.clone() for k,v in learn.model.state_dict().items()},torch.get_rng_state()
         progress.append(hasattr(learn, 'progress'))
         with learn.no_bar(): lr = learn.lr_find(num_it=20, show_plot=False).valley
-        trace = all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items()) and torch.equal(rng, torch.get_rng_state())
+        trace = all(torch.equal(v.cpu(), before[k].cpu()) for k,v in learn.model.state_dict().items()) and torch.equal(rng, torch.get_rng_state())
         views = [views_of_a_fit(learn) for _ in range(2)]
     with redirect_stdout(StringIO()) as out: learn.to_distributed(); learn.fit(1); learn.detach_distributed()
     learn.save('everyday')
@@ -228,3 +234,14 @@ def test_everyday(tmp_path):
     assert a['out'].count('train_loss')==1 and b['out']==''                                                          # one table
     assert [o.name for o in tmp_path.glob('models/*')]==['everyday.pth']                                             # one file, and nothing left of lr_find
     assert a['plain']=='SwAVModel' and a['loaders']==['TensorDL','TensorDL']
+
+def test_one_process_that_is_not_wrapped(tmp_path, monkeypatch):
+    "On a GPU Accelerate leaves the model of a single process as it is, and fastai looks for what DDP has"
+    from accelerate import Accelerator
+    monkeypatch.setattr(Accelerator, 'prepare', lambda self, m: m)
+    case = next(iter(cases))
+    learn = learner(case, pictures(), bs, tmp_path)
+    m,loaders = learn.model,list(learn.dls.loaders)
+    with learn.distrib_ctx(): learn.fit(2, lr=.1, wd=0.)
+    assert learn.model is m and list(learn.dls.loaders)==loaders
+    assert_same_steps(result(learn), train(case, bs, tmp_path))

@@ -153,7 +153,8 @@ def test_order_and_autocast(name):
         def after_loss(self): self.ac.__exit__(None, None, None)
     class Look(Callback):
         order = 30
-        def after_pred(self): seen['model'] = torch.is_autocast_enabled('cpu'),tensor(self.pred).dtype
+        def before_fit(self): self.learn.model.encoder.register_forward_hook(lambda m,xs,out: seen.update(feats=out.dtype))
+        def after_pred(self): seen['model'] = torch.is_autocast_enabled('cpu'),seen.pop('feats')
     def look(x): seen['views'] = torch.is_autocast_enabled('cpu'); return x
     assert cls.order < MixedPrecision.order
     cb = callback(name, [Pipeline([*o.fs, look], split_idx=0) for o in augs(name)])

@@ -2,7 +2,9 @@
 from functools import partial
 
 import pytest, torch
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.data import PartialDL, WeightedDL
+from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.data.all import CategoryBlock, DataBlock, Datasets, TfmdDL, ToTensor, Transform
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader, SkipItemException
@@ -149,6 +151,30 @@ def test_fill_equals_loop(N, bs):
     want = [[nn.functional.normalize(m.projector(multicrop(m.encoder, [cb.aug_pipelines[v](x[i:i+1])])), dim=1)[0] for i in range(N)] for v in (2,0)]
     torch.testing.assert_close(got, torch.stack([torch.stack(o) for o in want]).detach())
     assert got.is_contiguous() and not got.requires_grad and (learn.dls.train.n, learn.dls.train.shuffle)==before
+
+class HalfOnCPU(MixedPrecision):
+    "fastai's means a GPU"
+    def before_fit(self):
+        super().before_fit()
+        self.autocast = torch.autocast('cpu', torch.bfloat16)
+
+@pytest.mark.filterwarnings('ignore::UserWarning')
+def test_fill_in_the_precision_of_the_training():
+    "And of float32 what remains: scores, memory and views"
+    learn,seen,filled = learner(images(22), 6),[],[]
+    m,cb = learn.model,learn.deep_cluster
+    m.encoder.register_forward_hook(lambda m,xs,out: seen.append((xs[0].dtype, out.dtype)))
+    m.projector.register_forward_hook(lambda m,xs,out: seen.append(out.dtype))
+    class Stop(Callback):
+        order = MixedPrecision.order+1
+        def after_pred(self): filled.extend([len(seen), cb.memory.clone(), self.pred])
+        def after_loss(self): raise CancelFitException
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[HalfOnCPU(AMPMode.BF16), Stop()])
+    n,memory,pred = filled
+    assert n>4 and set(seen)=={(torch.float32,torch.bfloat16), torch.bfloat16} and memory.dtype==torch.float32 and {o.dtype for o in pred}=={torch.float32}
+    with torch.autocast('cpu', torch.bfloat16), torch.no_grad(): want = m([p(images(22)) for p in cb.aug_pipelines[:2]])[0]
+    torch.testing.assert_close(memory, want.unflatten(0, (2,-1)), atol=.02, rtol=.02)
+    assert not torch.allclose(memory, fill_memory(cb, [0,1]), atol=1e-6) # which is in float32 once the fit is over
 
 @pytest.mark.parametrize('N', [13, 7, 1])
 def test_batch_norm_never_meets_one_image(N):

@@ -1,4 +1,5 @@
 "LARC, LARS and the schedule, against the formulas written out"
+from copy import deepcopy
 from functools import partial
 
 import numpy as np, pytest, torch
@@ -9,6 +10,7 @@ from fastai.losses import MSELossFlat
 from fastai.optimizer import Optimizer, OptimWrapper, average_grad, momentum_step
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from methods import images, quiet
 from self_supervised.checkpoint import Checkpoint
@@ -104,6 +106,67 @@ def test_larc_moves_as_an_optimizer_of_fastai_does(clip, wd, foreach):
         for opt in (want,got): opt.step()
         for p,q in zip(a, b): assert torch.equal(p, q)
     for h,k in zip(want.hypers, got.hypers): assert h.items() <= k.items()
+
+def lars_scale(p, lr, wd, trust_coeff, eps, do_wd=True, **kwargs):
+    "LARS as functions for fastai's optimizer, which take one tensor after the other"
+    w,g = p.data,p.grad.data
+    if do_wd:
+        nw,ng = w.norm(),g.norm()
+        g.add_(w, alpha=wd).mul_(torch.where((nw>0) & (ng>0), trust_coeff*nw/(ng + wd*nw + eps), 1.))
+    g.mul_(lr)
+
+def lars_step(p, grad_avg, **kwargs): p.data.sub_(grad_avg)
+
+@pytest.mark.parametrize('wd', [0., 1e-6, .1])
+def test_lars_moves_as_an_optimizer_of_fastai_does(wd):
+    "To the last bit, with all that can happen to a tensor, in two types; and one goes on from the state of the other"
+    torch.manual_seed(0)
+    a = [nn.Parameter(torch.randn(o)) for o in ((5,3), (4,), (2,2,3), (7,), (64,64), (3,))] + [nn.Parameter(torch.randn(6, 2, dtype=torch.float64))]
+    a[-2].data.zero_()
+    def slow(ps): return Optimizer([ps[:2],ps[2:]], [lars_scale, average_grad, lars_step], lr=1., mom=.9, wd=wd, trust_coeff=eta, eps=1e-8)
+    def fast(ps): return LARS([ps[:2],ps[2:]], lr=1., wd=wd)
+    b = [nn.Parameter(o.detach().clone()) for o in a]
+    want,got = slow(a),fast(b)
+    for ps,opt in ((a,want),(b,got)):
+        for i in (1,3): opt.state[ps[i]]['do_wd'] = False
+    for t in range(16):
+        if t==8: # files of either load into the other
+            want_,got_ = slow(a),fast(b)
+            want_.load_state_dict(deepcopy(got.state_dict())), got_.load_state_dict(deepcopy(want.state_dict()))
+            want,got = want_,got_
+        for opt in (want,got):
+            opt.zero_grad()
+            opt.set_hyper('lr', slice(lrs[t%5]/10, lrs[t%5])); opt.set_hyper('mom', .9-.04*t)
+            if t==7: opt.freeze_to(1)
+        assert all(p.grad is None or not p.grad.any() for p in b)
+        for i,(p,q) in enumerate(zip(a, b)):
+            if (t+i)%5==0: continue # has no part in this loss
+            g = torch.randn(p.shape, dtype=p.dtype)*10.**-(t%4)*(t%3>0 or i>0)
+            for o in (p,q): o.grad = g.clone()
+        for opt in (want,got): opt.step()
+        for p,q in zip(a, b): assert torch.equal(p, q) and (p.grad is None or torch.equal(p.grad, q.grad))
+    with pytest.raises(NotImplementedError): got.step(lambda: 1.)
+
+class Count(TorchDispatchMode):
+    "How many operations make something new"
+    n = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += not func.is_view and func is not torch.ops.aten.detach_.default
+        return func(*args, **(kwargs or {}))
+
+@pytest.mark.parametrize('opt_func', [LARC, partial(LARC, clip=True), LARS])
+def test_many_tensors_are_no_more_operations_than_few(opt_func):
+    counts = []
+    for n in (5,200):
+        opt = opt_func([nn.Parameter(torch.randn(4, 3, device='meta')) for _ in range(n)], lr=1.)
+        if isinstance(opt, OptimWrapper): opt.set_hyper('foreach', [True])
+        for _ in range(2): # momenta are made in the first step
+            for p,*_ in opt.all_params(): p.grad = torch.randn(4, 3, device='meta')
+            with Count() as c:
+                opt.step()
+                opt.zero_grad()
+        counts.append(c.n)
+    assert counts[0]==counts[1]<=25
 
 def test_without_gradient_or_length():
     ps = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))]

@@ -176,6 +176,21 @@ def test_rounds_end_at_tol():
         assert 0<n<58
         for a,b in zip(sinkhorn_labels(z, c, .05, tol), each[n]): assert torch.equal(a, b)
 
+class Reads(TorchDispatchMode):
+    n = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+@pytest.mark.parametrize('tol', [.3, .01, .001])
+def test_a_device_is_seldom_asked_and_gives_the_same(tol, monkeypatch):
+    z,c = unit_parts(20, 4)
+    with Reads() as every: want = sinkhorn_labels(z, c, .05, tol)
+    monkeypatch.setitem(sinkhorn._look_every, 'cpu', 8)
+    with Reads() as seldom: got = sinkhorn_labels(z, c, .05, tol)
+    assert all(torch.equal(a, b) for a,b in zip(want, got)) and seldom.n==-(-every.n//8)
+    for n in (1,5,8): assert all(torch.equal(a, b) for a,b in zip(sinkhorn_labels(z, c, .05, tol, n), sinkhorn_labels(z, c, .05, 0., min(n, every.n))))
+
 @pytest.mark.parametrize('rows', [1, 7, 40])
 def test_labels_do_not_depend_on_blocks(monkeypatch, rows):
     z,c = unit_parts(40, 6)

@@ -70,8 +70,10 @@ class ClusterModel(nn.Module):
         feats:Tensor, # (B,F) features of the encoder
     ) -> tuple: # projections (B,D) of unit length, and scores (B,H,K)
         "What features become: projections, and their scores"
-        z = F.normalize(self.projector(feats), dim=1)
-        return z, self.prototypes(z).unflatten(1, (self.n_heads,-1))
+        z = self.projector(feats)
+        with torch.autocast(z.device.type, enabled=False): # half precision would round scores, and labels with them
+            z = F.normalize(z.to(self.prototypes.weight.dtype), dim=1)
+            return z, self.prototypes(z).view(len(z), self.n_heads, -1)
 
 class DeepClusterModel(ClusterModel):
     "A `ClusterModel` whose prototypes are set by k-means, and do not learn"
@@ -163,7 +165,7 @@ class DeepCluster(SSLCallback):
         "Make the views; fill the memory and assign the images if it is time"
         super().before_batch()
         if not self.training: return
-        if self._ids is None or self.iter==0: self._ids = EpochIds(self.dl)
+        if self._ids is None or self.iter==0: self._ids = EpochIds(self.dl, self.views[0].device)
         if world_size()>1 and not self.equal_sizes: raise ValueError(
             'the processes have loaders of their own, and the numbers of their images mean different ones: fit inside `with learn.distrib_ctx():`, which deals out one dataset')
         if self.memory is None: self.memory = fill_memory(self, self.crop_assgn_ids)
@@ -209,9 +211,9 @@ def lf(self:DeepCluster,
     z,scores = (o.unflatten(0, (len(self.aug_pipelines),-1)) for o in pred)
     n = z.shape[1]
     if self.training:
-        ids    = self._ids[self.iter].to(z.device, non_blocking=True)
+        ids    = self._ids[self.iter]
         labels = self.labels[:,ids]
-        refresh_memory(self.memory, ids, z.detach()[self.crop_assgn_ids], self.equal_sizes)
+        refresh_memory(self.memory, ids, torch.stack([z.detach()[i] for i in self.crop_assgn_ids]), self.equal_sizes)
     else: labels = self.nearest(scores)
     self.last_labels = labels
     return all_mean(deepcluster_loss(scores, labels, self.temp), n)

@@ -72,7 +72,8 @@ class _Directions(nn.Module):
         w = F.normalize(self.weight_v, dim=1)
         return w if self.weight_g is None else self.weight_g*w
 
-    def forward(self, x): return F.linear(x, self.weight)
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False): return F.linear(x.to(self.weight_v.dtype), self.weight) # half precision would round scores by more than a low temperature bears
 
 class DINOHead(nn.Module):
     "From features to scores of K classes"
@@ -99,7 +100,8 @@ class DINOHead(nn.Module):
         feats:Tensor, # (B,F)
     ) -> Tensor: # (B,D)
         "Projections of unit length"
-        return F.normalize(self.mlp(feats), dim=1)
+        z = self.mlp(feats)
+        with torch.autocast(z.device.type, enabled=False): return F.normalize(z.to(self.last_layer.weight_v.dtype), dim=1)
 
     def forward(self,
         feats:Tensor, # (B,F)

@@ -71,7 +71,7 @@ class DistillModel(nn.Module):
         return torch.stack(sums).sum(0) if sums else torch.zeros(2, dtype=torch.float64)
 
     def set_extra_state(self, state):
-        if not torch.allclose(self.get_extra_state(), state, rtol=1e-4): raise ValueError(
+        if not torch.allclose(self.get_extra_state(), state.cpu(), rtol=1e-4): raise ValueError(
             'this model was trained with another teacher, and teachers are not saved: make it with the same one, with the same weights, and load again')
 
     @torch.no_grad()

@@ -147,7 +147,7 @@ def lejepa_loss(
     with torch.autocast(z.device.type, enabled=False):
         z    = z.to(torch.promote_types(z.dtype, torch.float32))
         n    = all_reduce(z.new_full((), z.shape[1]))
-        inv  = all_sum((z-z[ids].mean(0)).square().sum(1))/n # (V,D)
+        inv  = all_sum((z-torch.stack([z[i] for i in ids]).mean(0)).square().sum(1))/n # (V,D)
         loss = (1-lamb)*inv.mean() + lamb*sigreg(z, directions, knots)
         if not scale: return loss
         mean = all_reduce(z.detach().sum(1, keepdim=True))/n # no gradient goes this way: distances from a mean sum up to 0

@@ -76,7 +76,7 @@ class SeLa(DeepCluster):
     ) -> Tensor: # (n,) labels of this part
         "The balanced assignment to the prototypes as they are"
         labels,off = sinkhorn_labels(mine, head, self.eps, self.tol, self.n_sinkh_iter)
-        self.residuals[h] = float(off)
+        self.residuals[h] = off = float(off)
         if off>self.tol: warn_once(f'after {self.n_sinkh_iter} rounds a prototype is still further from its share of the images than tol={self.tol}: '
                                      f'raise n_sinkh_iter, tol, or eps (now {self.eps})')
         return labels

@@ -6,6 +6,7 @@
 __all__ = ['get_simsiam_aug_pipelines', 'SimSiamModel', 'create_simsiam_model', 'simsiam_loss', 'SimSiam', 'predictor_splitter']
 
 # %% ../../nbs/46_vision.simsiam.ipynb #52b340cc
+import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -96,7 +97,7 @@ class SimSiam(SSLCallback):
     ) -> Tensor: # scalar
         "One more than the loss of this batch, joined over processes: `lr_find` of fastai takes a loss below zero for one that has diverged"
         z,p = (o.unflatten(0, (len(self.views),-1)) for o in pred)
-        return all_mean(1+simsiam_loss(p, z[self.crop_assgn_ids], self.crop_assgn_ids), p.shape[1])
+        return all_mean(1+simsiam_loss(p, torch.stack([z[i] for i in self.crop_assgn_ids]), self.crop_assgn_ids), p.shape[1])
 
     def remedies(self,
         state, # a `Symptoms` of the monitor

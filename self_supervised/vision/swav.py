@@ -76,8 +76,10 @@ class SwAVModel(nn.Module):
         feats:Tensor, # (B,F) features of the encoder
     ) -> tuple: # projections (B,D) of unit length, and scores (B,K)
         "What features become: projections, and their scores"
-        z = F.normalize(self.projector(feats), dim=1)
-        return z, self.prototypes(z)
+        z = self.projector(feats)
+        with torch.autocast(z.device.type, enabled=False): # half precision would round scores by more than small differences of temperature count
+            z = F.normalize(z.to(self.prototypes.weight.dtype), dim=1)
+            return z, self.prototypes(z)
 
 # %% ../../nbs/40_vision.swav.ipynb #26d30935
 def create_swav_model(
@@ -184,7 +186,7 @@ def codes(self:SWAV,
     for i,a in enumerate(self.crop_assgn_ids):
         past = F.linear(q.local[i], self.ssl_model.prototypes.weight) if joined else None
         res.append(sinkhorn_knopp(scores[a], self.eps, self.n_sinkh_iter, self.hard_codes, queue=past))
-    if q and self.training: q.push(z[self.crop_assgn_ids], self.equal_sizes)
+    if q and self.training: q.push(torch.stack([z[i] for i in self.crop_assgn_ids]), self.equal_sizes) # a list as an index would be copied to the device, and waited for
     return torch.stack(res)
 
 @patch
