@@ -23,7 +23,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import LRFinder # noqa: F401 (patches lr_find into Learner)
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
-from fastai.learner import AvgSmoothLoss, Learner, load_learner
+from fastai.learner import Learner, load_learner
 from fastai.optimizer import SGD
 from fastai.torch_core import default_device, set_seed
 from fastai.vision.core import imagenet_stats
@@ -260,8 +260,7 @@ def test_looking_on(name, tmp_path):
 
 # ---- Nobody waits for the card
 
-fastais_own = [(AvgSmoothLoss,'accumulate'),      # the loss of every step, for the progress bar
-               (MixedPrecision,'before_step')]    # fp16 asks whether a gradient is infinite
+fastais_own = [(MixedPrecision,'before_step')] # fp16 asks whether a gradient is infinite; losses are noted when they have come, see `dist`
 
 package = Path(self_supervised.__file__).parent
 
