@@ -23,7 +23,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import LRFinder # noqa: F401 (patches lr_find into Learner)
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
-from fastai.learner import AvgSmoothLoss, Learner, load_learner
+from fastai.learner import Learner, load_learner
 from fastai.optimizer import SGD
 from fastai.torch_core import default_device, set_seed
 from fastai.vision.core import imagenet_stats
@@ -46,6 +46,7 @@ from self_supervised.online import OnlineKNN
 from self_supervised.optimizer import LARC, LARS
 from self_supervised.packed import pack_images
 from self_supervised.pipelines import make_views
+from self_supervised.pretrained import export_onnx
 from self_supervised.whole_images import WholeImageDL
 
 import methods
@@ -259,8 +260,7 @@ def test_looking_on(name, tmp_path):
 
 # ---- Nobody waits for the card
 
-fastais_own = [(AvgSmoothLoss,'accumulate'),      # the loss of every step, for the progress bar
-               (MixedPrecision,'before_step')]    # fp16 asks whether a gradient is infinite
+fastais_own = [(MixedPrecision,'before_step')] # fp16 asks whether a gradient is infinite; losses are noted when they have come, see `dist`
 
 package = Path(self_supervised.__file__).parent
 
@@ -367,6 +367,17 @@ def test_goes_on_to_the_bit(name, tmp_path, deterministic):
         warnings.simplefilter('ignore')
         back = load_learner(tmp_path/'learner.pkl', cpu=True)
     for a,b in zip(back.model.state_dict().values(), learn.model.state_dict().values()): assert a.device.type=='cpu' and torch.equal(a, b.cpu())
+
+def test_onnx(tmp_path):
+    "A graph for machines without a card has the features of the card"
+    onnx = pytest.importorskip('onnx')
+    pytest.importorskip('onnxscript')
+    from onnx.reference import ReferenceEvaluator
+    learn = learn_on(dev, 'simclr')
+    ten_steps(learn)
+    graph,x = onnx.load(export_onnx(learn, tmp_path/'encoder.onnx', size=14)),pictures(5)
+    want = learn.model.encoder.eval()(x.to(dev)).detach().cpu()
+    torch.testing.assert_close(torch.from_numpy(ReferenceEvaluator(graph).run(None, {'images':x.numpy()})[0]), want, atol=1e-5, rtol=1e-4)
 
 @pytest.mark.parametrize('cbs', settings.values(), ids=settings)
 def test_goes_on_with(cbs, tmp_path, deterministic): test_checkpoint.check(tmp_path, 'after_backward', 6, cbs=cbs)
