@@ -44,7 +44,9 @@ class NoWaiting(TorchDispatchMode):
         self.asked.__exit__(*args)
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.ops.aten._to_copy.default: assert kwargs.get('device', args[0].device)==args[0].device, 'a copy from or to the device'
+        if func is torch.ops.aten._to_copy.default:
+            here,there = args[0].device,kwargs.get('device', args[0].device)
+            assert here==there or there.type=='meta' and kwargs.get('non_blocking'), 'a copy from the device, or to it that waits'
         elif func is not torch.ops.aten.copy_.default or args[1].ndim:
             assert len({o.device.type for o in tree_leaves((args, kwargs)) if isinstance(o, torch.Tensor) and o.ndim})<2, f'{func} mixes devices'
         return func(*args, **kwargs)
