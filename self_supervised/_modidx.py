@@ -655,6 +655,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                            'self_supervised/grad_checkpoint.py'),
                                                  'self_supervised.grad_checkpoint.CheckpointSequential.__init__': ( 'grad_checkpoint.html#checkpointsequential.__init__',
                                                                                                                     'self_supervised/grad_checkpoint.py'),
+                                                 'self_supervised.grad_checkpoint.CheckpointSequential._checkpointed': ( 'grad_checkpoint.html#checkpointsequential._checkpointed',
+                                                                                                                         'self_supervised/grad_checkpoint.py'),
                                                  'self_supervised.grad_checkpoint.CheckpointSequential._load_from_state_dict': ( 'grad_checkpoint.html#checkpointsequential._load_from_state_dict',
                                                                                                                                  'self_supervised/grad_checkpoint.py'),
                                                  'self_supervised.grad_checkpoint.CheckpointSequential.forward': ( 'grad_checkpoint.html#checkpointsequential.forward',
