@@ -14,7 +14,7 @@ from self_supervised.all import (create_encoder, create_swav_model, encoder_info
 from self_supervised.cli_command import ask_package, flags_file, parse as parse_words
 from self_supervised.cli_judge import cut_sizes, labelled_dls, open_encoder
 from self_supervised.pretrained import create_official_model
-from self_supervised.recipes import get_recipe, recipes, setting_info
+from self_supervised.recipes import Recipe, get_recipe, recipes, setting_info
 from self_supervised.shards import write_shards
 from self_supervised.vision.supcon import SupCon
 
