@@ -165,7 +165,7 @@ def ssl_pretrain(
     max_aspect:float=None, # longer side/shorter side: of longer images another window is taken in each epoch; default: 3
     squares:bool=False, # cut the largest centred square out of each image first, and views from that, with --load-size pixels; default for these: 8/7 of the largest view
     checkpointing:bool=False, # compute activations twice instead of keeping them: less memory, more time
-    workers:at_least(0)=None, # processes that decode images, beside each that trains; default: one a core, at most 8
+    workers:at_least(0)=None, # processes that decode images, beside each that trains; default: one a core that falls to it, at most 8, for a GPU 16
     seed:at_least(0)=42, # of weights, order and views
     minutes:float=10, # save the run so many minutes after the last time
     timeout:at_least(1)=600, # seconds after which processes that wait for a dead one give up
@@ -210,7 +210,7 @@ def ssl_pretrain(
 
     from accelerate import InitProcessGroupKwargs
     from fastai.distributed import teardown_distrib
-    from fastai.vision.all import defaults, set_seed, torch
+    from fastai.vision.all import default_device, defaults, set_seed, torch
     from fastprogress import fastprogress
     from self_supervised.checkpoint import Checkpoint
     from self_supervised.core import ssl_callback
@@ -225,6 +225,7 @@ def ssl_pretrain(
     from self_supervised.recipes import get_recipe
 
     r = get_recipe(recipe, **settings)
+    if r.precision=='auto': r = r.new(precision=_said(out)['settings']['precision'] if _saved(out) else r.precision_on(default_device())) # a run keeps what it has, wherever it goes on
     mine = dict(recipe=recipe, **run, **r.settings)
     _check_same(out, mine, override)
     crop = max(r.view_sizes)

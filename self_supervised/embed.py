@@ -165,7 +165,7 @@ def embed(
     size:int|tuple=None, # pixels of the side, or (h,w), of the middle that the encoder sees; None: as in training. A loader's squares are taken as they are
     stats:tuple=None, # (means, stds) to normalise with; None: as in training, of an encoder alone none
     bs:int=64, # images of a batch
-    half:bool=False, # mixed precision, and features in float16
+    half:bool=None, # mixed precision, and features in float16; None: on a GPU
     thumbnail:int=96, # pixels of the longer side of the small pictures, 96 or what the encoder sees at most; 0: none
     part:int=5000, # images of a part; after a stop the last one is made anew
     num_workers:int=None, # threads that decode; None: one a core, at most 8
@@ -183,6 +183,7 @@ def embed(
     if out.exists() and not overwrite: raise ValueError(f'out={str(out)!r} is there already: pass overwrite=True, or another name')
     model,said,size,stats = _opened(encoder, size, stats)
     norm,inner = normalization_of(model, stats),encoder_of(model)
+    if half is None: half = next(inner.parameters(), torch.zeros(0)).is_cuda
     if hasattr(source, 'dataset') or hasattr(source, 'one_batch'):
         if label_func or max_value: raise ValueError(f'{"label_func" if label_func else "max_value"} is for files and shards: a loader gives labels and pixels as it will, so leave it out')
         items,crop,cut = _Loader(source, norm, thumbnail),_together,dict(size=size)

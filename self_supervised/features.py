@@ -17,7 +17,7 @@ from random import Random
 import numpy as np
 import torch, torch.utils.data as torch_data
 from torch import nn, Tensor
-from fastcore.basics import first
+from fastcore.basics import first, noop
 from fastcore.foundation import CollBase
 from fasttransform import Pipeline
 from fastprogress import progress_bar
@@ -31,6 +31,7 @@ from fastai.torch_core import no_random
 from .basics import check_finite_rows, check_size, not_finite
 from .batches import images_labels
 from .core import encoder_of, ssl_callback
+from .dist import all_gather, rank, world_size
 from .packed import PackedImages
 from .pipelines import make_views
 from .pixels import center_crop, unit_float
@@ -107,11 +108,13 @@ def _ordered(dl, ids):
 def in_order(
     dl, # a fastai or PyTorch DataLoader, or a list of batches
     norm:NormalizeView=None, # the normalisation that counts; None: the loader's own, if it has one
+    part:slice=slice(None), # of the images, if they have numbers
 ):
     "`dl` from its first image to its last, as validation data, without its own normalisation if there is another, and without a trace in the random generators"
     dl = _inner(dl)
     with no_random(reproducible=False), getattr(getattr(dl, 'dataset', None), 'set_split_idx', nullcontext)(1):
         ids = image_ids(dl)
+        if ids is not None: ids = ids[part]
         if isinstance(dl, DataLoader):
             which = {} if ids is None else dict(n=len(ids), get_idxs=partial(list, ids))
             dl = dl.new(shuffle=False, drop_last=False, **which, **without_normalization(dl, norm))
@@ -172,6 +175,36 @@ def crop_size(
     return max((tuple(v.shape[2:]) for v in views), key=math.prod)
 
 # %% ../nbs/50_features.ipynb #81137591
+def _sent(t):
+    "`t` on its way to the CPU, and what waits until it is there"
+    if not t.is_cuda: return t,noop
+    return t.to('cpu', non_blocking=True),torch.cuda.current_stream(t.device).record_event().synchronize # into pinned memory
+
+def _parts(dl):
+    "Where the part of each process begins and the last one ends; None: all make all"
+    ids,n = image_ids(dl) if world_size()>1 else None,world_size()
+    return None if ids is None or len(ids)<n else [len(ids)*i//n for i in range(n+1)]
+
+@contextmanager
+def _as_first(model):
+    "`model` with the buffers of the first process: each has other running statistics in its batch norms"
+    own = [(b, b.clone()) for b in model.buffers()]
+    for b,_ in own: b.copy_(all_gather(b[None], [1]*world_size())[0])
+    try: yield
+    finally:
+        for b,old in own: b.copy_(old)
+
+_block = 2**26 # numbers of all processes that are on the way at once
+
+def _joined(t, parts, device):
+    "The rows of all processes in order, a block at a time through `device`"
+    sizes = [b-a for a,b in zip(parts, parts[1:])]
+    res,rows = t.new_empty(parts[-1], *t.shape[1:]),max(1, _block//len(sizes)//t[0].numel())
+    for i in range(0, max(sizes), rows):
+        ns = [min(max(n-i, 0), rows) for n in sizes]
+        for a,o in zip(parts, all_gather(t[i:i+rows].to(device), ns).cpu().split(ns)): res[a+i:a+i+len(o)] = o
+    return res
+
 @torch.no_grad()
 def extract_features(
     encoder:nn.Module|Learner, # images (B,C,H,W) → features (B,F); of a Learner or the model of a method, its encoder
@@ -179,23 +212,31 @@ def extract_features(
     stats:tuple=None, # (means, stds) to normalise with; None: those of the Learner's view pipelines, or none
     progress:bool=False, # show a progress bar
     device:torch.device=None, # where to compute; None: where the encoder is. It is moved there, and back
-    half:bool=False, # mixed precision (float16 on CUDA, else bfloat16), and features in float16
+    half:bool=None, # mixed precision (float16 on CUDA, else bfloat16), and features in float16; None: on CUDA, unless the encoder has double precision
     size:int|tuple=None, # pixels of the side, or (h,w), of a centre crop of each image; None: of whole images that of the Learner's largest view, squares as they are
+    all_ranks:bool=False, # of several processes each makes a part and all get all, by the encoder of the first: all of them have to call this
 ) -> tuple: # features (N,F) on the CPU, float32 or float16, labels (N,) or None
     "Features of all images of `dl`, in the order of its dataset"
     model,norm = encoder_of(encoder),normalization_of(encoder, stats)
     p,modes    = next(model.parameters(), torch.zeros(0)), {o:o.training for o in model.modules()}
     home,at    = p.device,torch.device(device or p.device)
+    half  = at.type=='cuda' and p.dtype!=torch.float64 if half is None else half
+    parts = _parts(dl) if all_ranks else None
+    part  = slice(parts[rank()], parts[rank()+1]) if parts else slice(None)
     amp = torch.autocast(at.type, torch.float16 if at.type=='cuda' else torch.bfloat16, enabled=half)
     own = norm or isinstance(encoder, Learner) and ssl_callback(encoder) # the range in training is known
-    feats,n,labels = None,0,[]
+    feats,n,labels,coming = None,0,[],[]
+    def arrive():
+        i,f,wait = coming.pop()
+        wait()
+        feats[i:i+len(f)] = f
     try:
         model.eval()
-        if at!=home: model.to(at)
-        with in_order(dl, norm) as dl:
+        with _as_first(model) if parts else nullcontext(), in_order(dl, norm, part) as dl:
+            if at!=home: model.to(at)
             for b in (progress_bar(dl) if progress else dl):
                 x,y = images_labels(b)
-                x = usable_images(x).as_subclass(Tensor).to(at)
+                x = usable_images(x).as_subclass(Tensor).to(at, non_blocking=True)
                 if own and not n: check_range(x)
                 if crop := crop_size(encoder, x, size): x = center_crop(x, size := crop)
                 with amp: f = model((norm or unit_float)(x).to(p.dtype))
@@ -204,15 +245,19 @@ def extract_features(
                     '(B,F) features: end it with pooling and flattening, e.g. nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten())')
                 if feats is None: feats = torch.empty(max(n_items(dl), len(f)), f.shape[1], dtype=torch.float16 if half else torch.float32)
                 if n+len(f)>len(feats): feats = torch.cat([feats[:n], feats.new_empty(max(n, len(f)), f.shape[1])]) # nobody said how many
-                feats[n:n+len(f)] = f
+                if coming: arrive() # the batch before, while this one is computed
+                coming.append((n, *_sent(f.to(feats.dtype))))
                 n += len(f)
-                if y is not None: labels.append(torch.as_tensor(y).as_subclass(Tensor).cpu())
+                if y is not None: labels.append(torch.as_tensor(y).as_subclass(Tensor))
+            if coming: arrive()
     finally:
         for o,t in modes.items(): o.training = t
         if at!=home: model.to(home)
     if feats is None: raise ValueError('the DataLoader is empty: give one with images')
     if labels and sum(map(len, labels))!=n: raise ValueError(f'the DataLoader has {n} images and {sum(map(len, labels))} labels: give a label with each, or with none')
     def why(): return ': so do the weights of the encoder, whose training has diverged' if not_finite(model) else \
-        f': look at those images{", and at half precision, which ends at 65,504" if half else ""}'
-    check_finite_rows(feats[:n], 'the features', why)
-    return feats if n==len(feats) else feats[:n].clone(), torch.cat(labels) if labels else None
+        f': look at those images{", and at half precision, which ends at 65,504 (half=False is without it)" if half else ""}'
+    feats,labels = feats if n==len(feats) else feats[:n].clone(), torch.cat(labels).cpu() if labels else None
+    if parts: feats,labels = (o if o is None else _joined(o, parts, home) for o in (feats, labels))
+    check_finite_rows(feats, 'the features', why)
+    return feats,labels

@@ -58,7 +58,10 @@ class CheckpointSequential(nn.Sequential):
         if hasattr(fastai_model, 'made_with'): self.made_with = fastai_model.made_with
 
     def forward(self, x):
-        if not torch.is_grad_enabled() or not len(self): return super().forward(x)
+        return self._checkpointed(x) if torch.is_grad_enabled() and len(self) else super().forward(x)
+
+    @torch.compiler.disable(reason='layers that CheckpointSequential runs twice are not compiled, those around them are: leave fullgraph=True out')
+    def _checkpointed(self, x):
         _count_once(self) # here, as `convert_sync_batchnorm` makes new layers
         layers = []
         for o in self: # an in-place layer goes with the one before, or it would overwrite what is kept between two chunks

@@ -88,7 +88,7 @@ class StreamDL(GetAttr):
         "The batch `b` on the device, if its size is what was said"
         if self.equal_batches and (n := len(batch_parts(b)[0]))!=self._bs: raise ValueError(
             f'equal_batches says that all batches have the same number of images, and after batches of {self._bs} this one has {n}: drop the short one (drop_last=True), or pass equal_batches=False')
-        return b if self.device is None else to_device(b, self.device)
+        return b if self.device is None else to_device(b, self.device, non_blocking=True)
 
     def to(self, device):
         "Give batches on `device`"

@@ -6,7 +6,8 @@
 __all__ = ['nearest', 'find_similar', 'duplicate_threshold', 'find_duplicates', 'find_outliers']
 
 # %% ../nbs/50_neighbors.ipynb #f1fddeb2
-import warnings
+import math, warnings
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -18,6 +19,28 @@ from torch.nn import functional as F
 from .basics import check_finite_rows
 
 # %% ../nbs/50_neighbors.ipynb #93182997
+def _blocks(chunk, device):
+    "Rows of a block: on a CPU what stays in its cache, on a GPU what takes a sixteenth of the free memory with all that is computed from it"
+    if chunk: return chunk
+    if device.type!='cuda': return 4096
+    return min(32768, max(4096, 2**int(math.log2(torch.cuda.mem_get_info(device)[0]/16/16)/2)))
+
+def _there(x, device):
+    "`x` on `device`, if half of the free memory of a GPU has room for it: else it is sent block by block"
+    return x.to(device, non_blocking=True) if device.type=='cuda' and not x.is_cuda and x.nbytes<torch.cuda.mem_get_info(device)[0]/2 else x
+
+def _halves(a, b, device):
+    "Are these numbers that tensor cores multiply without an error?"
+    return device.type=='cuda' and a.dtype==b.dtype==torch.float16
+
+@contextmanager
+def _tensor_cores(on):
+    "Products of float32 matrices on tensor cores, which look at the 11 bits that float16 has: for what was float16 before they are exact, and added up in float32"
+    old = torch.backends.cuda.matmul.fp32_precision
+    if on: torch.backends.cuda.matmul.fp32_precision = 'tf32'
+    try: yield
+    finally: torch.backends.cuda.matmul.fp32_precision = old
+
 def _unit(x, device): return F.normalize(x.to(device, torch.promote_types(x.dtype, torch.float32)), dim=1)
 
 @torch.no_grad()
@@ -26,29 +49,33 @@ def nearest(
     queries:Tensor, # (Q,F)
     k:int, # neighbours, at most as many as there are
     own:Tensor=None, # (Q,) the number of each query among `features`, which is no neighbour of itself; None: the queries are others
-    chunk:int=4096, # rows of a block
+    chunk:int=None, # rows of a block; None: 4096 on a CPU, on a GPU as its memory allows
     device:torch.device=None, # where to compute; None: where the features are
 ) -> tuple: # cosines (Q,k), the largest first, and numbers of rows (Q,k)
     "The `k` rows of `features` with the largest cosine to each query"
     device,found = torch.device(device or features.device),[]
+    chunk = _blocks(chunk, device)
+    features,queries = (there := _there(features, device)),there if queries is features else _there(queries, device)
     dtype = torch.promote_types(queries.dtype, torch.float32)
+    exact = _halves(features, queries, device)
     block = None if (features.dtype,features.device)==(dtype,device) else torch.empty(min(chunk, len(features)), features.shape[1], dtype=dtype, device=device) # one for all: new memory costs more than the search
     for i in range(0, len(queries), chunk):
-        q    = _unit(queries[i:i+chunk], device)
+        q    = queries[i:i+chunk].to(device, dtype) if exact else _unit(queries[i:i+chunk], device)
         sims = q.new_empty(len(q), 0)
         near = sims.long() # numbers of the nearest so far
-        mine = None if own is None else own[i:i+chunk].to(device)
+        mine = None if own is None else own[i:i+chunk,None].to(device)
         for j in range(0, len(features), chunk):
             rows = features[j:j+chunk]
             if block is not None: rows = block[:len(rows)].copy_(rows)
-            s    = (q@rows.T).div_(rows.norm(dim=1).clamp(min=1e-12))
-            if mine is not None:
-                there = ((mine>=j) & (mine<j+len(rows))).nonzero()[:,0]
-                s[there,mine[there]-j] = -torch.inf
+            with _tensor_cores(exact): s = q@rows.T
+            s.div_(rows.norm(dim=1).clamp(min=1e-12))
+            if mine is not None: # without asking the device whether it is in this block
+                at = (mine-j).clamp(0, len(rows)-1)
+                s.scatter_(1, at, s.gather(1, at).masked_fill(at==mine-j, -torch.inf))
             s,ids     = s.topk(min(k, s.shape[1]))
             sims,best = torch.cat([sims, s], 1).topk(min(k, sims.shape[1]+s.shape[1]))
             near      = torch.cat([near, ids+j], 1).gather(1, best)
-        found.append((sims,near))
+        found.append((sims.div_(q.norm(dim=1, keepdim=True).clamp(min=1e-12)) if exact else sims, near))
     return tuple(torch.cat(o) for o in zip(*found))
 
 # %% ../nbs/50_neighbors.ipynb #05501bfc
@@ -75,7 +102,7 @@ def _approximate(features, queries, k, own):
         sims,near = (o[~itself].view(len(o), k) for o in (sims,near))
     return sims,near
 
-def _search(features, queries, k, own=None, exact=True, chunk=4096, device=None):
+def _search(features, queries, k, own=None, exact=True, chunk=None, device=None):
     sims,near = nearest(features, queries, k, own, chunk, device) if exact else _approximate(features, queries, k, own)
     if sims.isnan().any():
         for o,what in ((features,'the features'), (queries,'the queries')): check_finite_rows(o, what)
@@ -86,7 +113,7 @@ def find_similar(
     query:int|list|Tensor, # number of an image among them, several numbers, or features (Q,F) of others
     k:int=20, # neighbours of each, or all there are
     exact:bool=True, # meet all images; False: with FAISS, those in the cells near the query (extra `faiss`)
-    chunk:int=4096, # rows of a block
+    chunk:int=None, # rows of a block; None: 4096 on a CPU, on a GPU as its memory allows
     device:torch.device=None, # where to compute; None: where the features are
 ) -> tuple: # cosines (Q,k), the largest first, and numbers of images (Q,k); -1 where FAISS found no more
     "The images most similar to each of `query`, an image itself left out"
@@ -117,14 +144,15 @@ def duplicate_threshold(
 
 def _pairs(features, threshold, exact, chunk, device):
     "Pairs of rows (P,2) with a cosine of `threshold` or more, the smaller number first"
-    n,device,res = len(features),device or features.device,[]
+    n,device,res = len(features),torch.device(device or features.device),[]
     if exact:
+        features,chunk = _there(features, device),_blocks(chunk, device)
         for i in range(0, n, chunk):
             q = _unit(features[i:i+chunk], device)
             for j in range(i, n, chunk):
                 s = q@_unit(features[j:j+chunk], device).T
                 if i==j: s.masked_fill_(torch.ones_like(s, dtype=torch.bool).tril(), -2)
-                res.append((s>=threshold).nonzero().cpu()+torch.tensor([i,j]))
+                res.append((s>=threshold).nonzero()+torch.tensor([i,j], device=device))
                 if (found := sum(map(len, res)))>max(10**6, 100*n): raise ValueError(
                     f'threshold={threshold:.4g} makes pairs of more than {found:,} images: raise it; duplicate_threshold says {duplicate_threshold(features):.4g}')
     else:
@@ -133,7 +161,7 @@ def _pairs(features, threshold, exact, chunk, device):
             s,to = _approximate(features, features[own], min(50, n-1), own) if n>1 else (torch.zeros(1,0),)*2
             r,c  = (s>=threshold).nonzero().T
             res.append(torch.stack([own[r],to[r,c]], 1).sort(1).values)
-    return torch.cat(res).unique(dim=0)
+    return torch.cat(res).cpu().unique(dim=0)
 
 @torch.no_grad()
 def find_duplicates(
@@ -142,7 +170,7 @@ def find_duplicates(
     sizes:list|Tensor=None, # (N,) pixels of each image, such as width*height: the largest of a group comes first; None: the first one does
     sets:list=None, # (N,) the set of each image, such as 'train' and 'test': groups that have several come first, and are warned of
     exact:bool=True, # compare all pairs; False: with FAISS, the 50 nearest of each image (extra `faiss`)
-    chunk:int=4096, # rows of a block
+    chunk:int=None, # rows of a block; None: 4096 on a CPU, on a GPU as its memory allows
     device:torch.device=None, # where to compute; None: where the features are
 ) -> list: # of groups, lists of numbers of images, those that are most alike first
     "Images that are there twice or more, or nearly so"
@@ -172,7 +200,7 @@ def find_outliers(
     features:Tensor, # (N,F)
     k:int=20, # nearest images that count, or all there are
     exact:bool=True, # meet all images; False: with FAISS, those in cells near by (extra `faiss`)
-    chunk:int=4096, # rows of a block
+    chunk:int=None, # rows of a block; None: 4096 on a CPU, on a GPU as its memory allows
     device:torch.device=None, # where to compute; None: where the features are
 ) -> Tensor: # (N,) from 0 to 2, the larger the odder; `.argsort(descending=True)` gives the numbers of images, the oddest first
     "How far each image is from those most like it"

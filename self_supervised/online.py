@@ -39,8 +39,8 @@ class _Online(Watcher):
     def after_train(self):
         "Judge, and take the number of the first process"
         if self.epoch%self.every and self.epoch+1<self.n_epoch: return
-        acc = float(self.judge(self.learn, self.labelled, **self.kwargs))
-        if world_size()>1: # each has other running statistics in its batch norms
+        acc = float(self.judge(self.learn, self.labelled, all_ranks=True, **self.kwargs))
+        if world_size()>1: # a solver may end elsewhere on each
             acc = all_reduce(torch.tensor(0. if rank() else acc, device=self.dls.device, dtype=torch.float64)).item()
         self.now.update({o:acc for o in self.columns})
         self.history.append([self.epoch, acc])

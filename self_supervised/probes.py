@@ -161,30 +161,29 @@ def knn(
     test:tuple|DataLoaders=None, # (features (M,F), labels (M,) or (M,C)) to classify; None: each of `train` among the others; with an encoder, labelled DataLoaders
     k:int=None, # neighbours that vote (200 in Wu et al. 2018); None: 20 (DINO's best), or all there are if these are fewer
     temp:float=0.07, # temperature T of the weights (Wu et al. 2018, section 3.4)
-    chunk:int=4096, # features at a time
+    chunk:int=None, # features at a time; None: as in `nearest`
     device:torch.device=None, # where to compute; None: where the encoder or the features are
     names:list=None, # of the classes, in the order of their numbers; None: those of `dls.train`, with an encoder
     **kwargs, # to `extract_features`, with an encoder
 ) -> Result: # one run
     "Weighted k-nearest-neighbour classifier on cosine similarity"
-    if temp<=0 or chunk<1: raise ValueError(f'temp={temp} must be positive (0.07 is usual), and chunk={chunk} 1 or more')
+    if temp<=0 or chunk is not None and chunk<1: raise ValueError(f'temp={temp} must be positive (0.07 is usual), and chunk={chunk} 1 or more')
     (x,y),*rest,device = labelled_features(train, test, device, noop if k is None else lambda y: check_k(k, len(y)-(test is None)), ('classes','multi-label'), **kwargs)
     xt,yt  = rest[0] if rest else (x,y)
     check_k(k := min(20, len(x)-(not rest)) if k is None else k, len(x)-(not rest))
     answer = dict(k=k, temp=temp, train=len(x), test=len(xt) if rest else 'leave one out', **kwargs)
     several,found,said = label_kind(y)=='multi-label',[],[]
     if not several: y,yt,classes = number_classes(y, yt)
-    y = y.to(device)
-    for i in range(0, len(xt), chunk):
-        q = xt[i:i+chunk]
-        sims,near = nearest(x, q, k, None if rest else torch.arange(i, i+len(q)), chunk, device)
+    y,yd = y.to(device),yt.to(device)
+    sims,near = nearest(x, xt, k, None if rest else torch.arange(len(xt)), chunk, device)
+    for sims,near,yq in zip(*(o.split(4096) for o in (sims,near,yd))):
         w = ((sims-sims[:,:1])/temp).exp() # the largest weight is 1
         if several: found.append(sum(w[:,[n]]*y[near[:,n]] for n in range(k))/sum(w[:,[n]] for n in range(k))) # both in one order: where all have a class it is 1
         else:
-            votes = w.new_zeros(len(q), len(classes)).scatter_add_(1, y[near], w)
-            found.append(top_hits(votes, yt[i:i+chunk].to(device)))
+            votes = w.new_zeros(len(w), len(classes)).scatter_add_(1, y[near], w)
+            found.append(top_hits(votes, yq))
             said.append(votes.argmax(1))
-    if several: return result_of_columns(f'k-NN({k})', 'mAP', average_precision(torch.cat(found), yt.to(device)), **answer)
+    if several: return result_of_columns(f'k-NN({k})', 'mAP', average_precision(torch.cat(found), yd), **answer)
     return result_of(f'k-NN({k})', [torch.cat(found, 1)], yt, len(classes), [torch.cat(said)], names_of(classes, names or _names(train, test)), **answer)
 
 # %% ../nbs/51_probes.ipynb #20cc999b

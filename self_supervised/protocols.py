@@ -68,7 +68,7 @@ class _Train(Callback):
     def after_batch(self): self.losses.append(self.loss.detach())
 
     def after_train(self):
-        if not all(p.isfinite().all() for p in self.model.parameters()): raise FloatingPointError(
+        if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all(): raise FloatingPointError(
             f'the training of the classifier has diverged in epoch {self.epoch}: take a tenth of {self.rates}, to begin with')
         loss,guess = torch.stack(self.losses).mean().item(),math.log(self.model[1].out_features)
         if self.epoch+1==self.n_epoch and loss>2*guess: warn_once(
@@ -106,7 +106,7 @@ def _on_views(name, encoder, dls, epochs, lrs, sched, pct=None, n_per_class=None
     if resize_scale is None and isinstance(x, PackedImages): raise ValueError(
         'resize_scale=None: the images of dls.train are views already, and these have heights and widths of their own: leave resize_scale out, or cut the views in the loader')
     view  = size or crop_size(encoder, x) or tuple(x.shape[2:])
-    def _judge(model, dl, x): return extract_features(model, dl, stats, device=device, size=view if isinstance(x, PackedImages) else None)
+    def _judge(model, dl, x): return extract_features(model, dl, stats, device=device, half=False, size=view if isinstance(x, PackedImages) else None)
     n_features = _judge(encoder, [x], x)[0].shape[1]
     crop  = [] if resize_scale is None else [RandomCropResize(view, resize_scale), RandomFlip(.5)]
     augs  = ViewPipeline([*crop, *([norm] if norm else [])], split_idx=0)

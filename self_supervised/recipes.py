@@ -106,12 +106,12 @@ class Recipe:
         mom:float=0.9, # momentum
         wd:float=1e-6, # weight decay
         wd_bn_bias:bool=False, # decay and adapt biases and norm layers too
-        precision:str='fp16', # on a GPU: fp16, bf16 or fp32
+        precision:str='auto', # on a GPU: fp16, bf16 or fp32; auto: bf16 where the card computes in it, else fp16
         **kwargs # settings of the method: arguments of its views, model and callback, and those in epochs
     ):
         if method not in ssl_methods(): raise ValueError(f'method={method!r} is not registered{_near(method, list(ssl_methods()))}')
         if opt not in _opts: raise ValueError(f'opt={opt!r} must be one of {", ".join(_opts)}')
-        if precision not in ('fp16','bf16','fp32'): raise ValueError(f'precision={precision!r} must be fp16, bf16 or fp32')
+        if precision not in ('auto','fp16','bf16','fp32'): raise ValueError(f'precision={precision!r} must be auto, fp16, bf16 or fp32')
         for k,v in dict(bs=bs, epochs=epochs).items(): _check_count(k, v)
         if num_heads is not None: _check_count('num_heads', num_heads)
         if not lr>0: raise ValueError(f'lr={lr} must be positive')
@@ -278,6 +278,15 @@ def _n_in(encoder, dls):
     return images_labels(b)[0].shape[1]
 
 @patch
+def precision_on(self:Recipe,
+    device:torch.device, # where the run is
+) -> str: # fp16, bf16 or fp32
+    "What the recipe computes in: on a CPU always fp32"
+    if torch.device(device).type!='cuda': return 'fp32'
+    if self.precision!='auto': return self.precision
+    return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
+
+@patch
 def learner(self:Recipe,
     dls:DataLoaders, # images, with labels or without; batches of `bs`, divided by the number of processes
     encoder:nn.Module=None, # images → features; None: the recipe's, for as many channels as the images have
@@ -290,7 +299,9 @@ def learner(self:Recipe,
     opt     = partial(_opts[self.opt], mom=self.mom, wd=self.wd)
     kwargs.setdefault('loss_func', getattr(getattr(dls.train, 'dataset', None), 'loss_func', no_loss)) # not needed, but fastai asks for one
     learn   = Learner(dls, self.create_model(encoder), cbs=[self.create_callback(n_in), *L(cbs)], opt_func=opt, lr=self.lr, wd=self.wd, wd_bn_bias=self.wd_bn_bias, **kwargs)
-    if self.precision!='fp32' and torch.device(dls.device or 'cpu').type=='cuda': learn = getattr(learn, f'to_{self.precision}')()
+    device  = torch.device(getattr(dls, 'device', None) or 'cpu') # PyTorch's loaders have none
+    if device.type=='cuda': learn.model.to(memory_format=torch.channels_last) # as the views are: else each layer would copy them
+    if (how := self.precision_on(device))!='fp32': learn = getattr(learn, f'to_{how}')()
     return learn
 
 # %% ../nbs/67_recipes.ipynb #1a75715c

@@ -14,7 +14,7 @@ from self_supervised.all import (create_encoder, create_swav_model, encoder_info
 from self_supervised.cli_command import ask_package, flags_file, parse as parse_words
 from self_supervised.cli_judge import cut_sizes, labelled_dls, open_encoder
 from self_supervised.pretrained import create_official_model
-from self_supervised.recipes import get_recipe, recipes, setting_info
+from self_supervised.recipes import Recipe, get_recipe, recipes, setting_info
 from self_supervised.shards import write_shards
 from self_supervised.vision.supcon import SupCon
 
@@ -415,6 +415,19 @@ def few(folder, n=24, seed=0, size=30):
 def quick(source, out, **kwargs):
     "A run in this process, of three steps an epoch"
     return cli.ssl_pretrain(source, out=out, **{**dict(recipe='swav_small', n_in=1, arch='test_mambaout', low_resolution=False, hidden_size=16, bs=8, warmup_epochs=0., n_protos=5, workers=0, epochs=1), **kwargs})
+
+def test_precision_is_written_down_and_kept(tmp_path, monkeypatch):
+    "What the card computes in, which is pretended; a run goes on in it on another machine; a flag comes first"
+    def said(run): return json.loads((tmp_path/run/'settings.json').read_text())['settings']['precision']
+    photos,kw = few(tmp_path/'photos'),dict(recipe='swav_200ep_bs256', num_crops=(2,), crop_sizes=(16,), min_scales=(.5,), max_scales=(1.,), lr=.1)
+    monkeypatch.setattr(Recipe, 'precision_on', lambda self, device: 'bf16' if self.precision=='auto' else 'fp32') # and trains on a CPU
+    quick(photos, tmp_path/'a', **kw)
+    assert said('a')=='bf16'
+    monkeypatch.undo()
+    quick(photos, tmp_path/'a', **kw, extend=1)
+    with pytest.raises(ValueError, match='precision: bf16 → fp32'): quick(photos, tmp_path/'a', **kw, epochs=2, precision='fp32')
+    quick(photos, tmp_path/'b', **kw); quick(photos, tmp_path/'c', **kw, precision='fp16')
+    assert [said(o) for o in 'abc']==['bf16','fp32','fp16']
 
 def test_classes_are_folders(tmp_path, monkeypatch):
     "for a recipe that learns from labels; others do not look at folders, and one folder is no class"

@@ -409,16 +409,37 @@ def test_show_batch(folder):
         assert sum(len(o.images) for o in axs)==3 and {o.get_title() for o in axs if o.images}=={'hat' if len(dls.train_ds[0])==2 else ''}
         plt.close('all')
 
-def test_batches_for_a_gpu_are_pinned():
-    "A copy from other memory stops everything that the GPU has been asked for before it"
-    x = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
-    for device,pinned in (('cpu',False), ('cuda',True), (torch.device('cuda',1),True)):
-        assert [o.pin_memory for o in tensor_dls(x, x, bs=2, device=device).loaders]==[pinned]*2
-    assert not tensor_dls(x, bs=2, device='cuda', pin_memory=False).train.pin_memory
-
 def test_a_model_is_asked_once_whether_it_is_finite(monkeypatch):
     m = torch.nn.Sequential(torch.nn.Linear(2,2), torch.nn.BatchNorm1d(2), torch.nn.Linear(2,2))
     monkeypatch.setattr(torch.Tensor, '__bool__', lambda o: pytest.fail('a value was read'))
     assert not_finite(m)==[]
     m[0].bias.data[1],m[1].running_var[0],m[1].running_mean[0],m[2].weight.data[0,0] = torch.inf,torch.inf,torch.nan,torch.nan
     assert not_finite(m)==['0.bias','2.weight','1.running_mean']
+
+@pytest.mark.parametrize('cores,ranks,device,want', [(16,None,'cpu',8), (16,None,'cuda',16), (64,8,'cuda',8), (64,4,'cuda',16), (64,32,'cpu',2), (4,8,'cuda',1), (2,1,'cpu',2)])
+def test_workers_of_a_process(monkeypatch, cores, ranks, device, want):
+    "Its share of the cores that are there for all that torchrun has started"
+    from fastcore.basics import defaults
+    monkeypatch.setattr(defaults, 'cpus', cores)
+    if ranks: monkeypatch.setenv('LOCAL_WORLD_SIZE', str(ranks))
+    else: monkeypatch.delenv('LOCAL_WORLD_SIZE', raising=False)
+    assert data.workers_for(device)==want
+    monkeypatch.setattr(data, 'default_device', lambda: torch.device(device))
+    assert data.workers_for()==want
+
+def test_memory_is_pinned_for_a_gpu(tmp_path, monkeypatch):
+    "Of images in memory too; whoever says otherwise is heard. The GPU is pretended"
+    x = torch.zeros(4,3,8,8, dtype=torch.uint8)
+    monkeypatch.setattr(data, '_is_gpu', lambda device: True)
+    for kw,want in (({}, True), (dict(pin_memory=False), False)): assert [o.fake_l.pin_memory for o in tensor_dls(x, x, bs=2, device='cpu', **kw)]==[want]*2
+    monkeypatch.undo()
+    assert not tensor_dls(x, bs=2, device='cpu').train.fake_l.pin_memory
+
+def test_image_files_get_these_workers(tmp_path, monkeypatch):
+    from PIL import Image
+    Image.new('RGB', (8,8)).save(tmp_path/'a.png')
+    monkeypatch.setattr(data, 'list_images', lambda o: [tmp_path/'a.png']*500)
+    monkeypatch.setattr(data, 'workers_for', lambda device: 3)
+    assert image_dls(tmp_path, size=8, bs=4, device='cpu').train.fake_l.num_workers==3
+    monkeypatch.setattr(data, 'list_images', lambda o: [tmp_path/'a.png']*499)
+    assert image_dls(tmp_path, size=8, bs=4, device='cpu').train.fake_l.num_workers==0

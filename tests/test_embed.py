@@ -275,3 +275,16 @@ def test_mistakes(photos, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match='make it with ssl_embed'): features_file(tmp_path)
     monkeypatch.setitem(sys.modules, 'pyarrow', None)
     with pytest.raises(ImportError, match=r"pip install 'self_supervised\[embed\]'"): read_features(tmp_path/'g.parquet')
+
+@pytest.mark.parametrize('half,there,want', [(None,True,True), (None,False,False), (False,True,False), (True,False,True)])
+def test_half_on_a_gpu(photos, tmp_path, monkeypatch, half, there, want):
+    "Unless it is told otherwise; the GPU is pretended"
+    seen,module = [],sys.modules['self_supervised.embed']
+    class Card(nn.Parameter): is_cuda = there
+    def features(model, batches, stats, half, **kw):
+        seen.append(half)
+        return torch.zeros(sum(map(len, batches)), 2, dtype=torch.float16 if half else torch.float32),None
+    monkeypatch.setattr(module, 'extract_features', features)
+    m = Middle(); m.body.weight = Card(m.body.weight.data)
+    make(m, photos, tmp_path/'f.parquet', size=28, **({} if half is None else dict(half=half)))
+    assert set(seen)=={want} and features_file(tmp_path/'f.parquet') and read_features(tmp_path/'f.parquet')[1].attrs['half'] is want

@@ -489,3 +489,13 @@ def labelled(x=None, **kw): return tensor_dls(*([shapes(16), shapes(8)] if x is 
     (lambda: fine_tune(Halves(), labelled(), pct=.1, lr=0), 'lr=0 must be positive'), (lambda: fine_tune(Halves(), labelled(), pct=0), 'pct=0'), (lambda: fine_tune(Halves(), labelled(), n_per_class=0), 'n_per_class=0')])
 def test_wrong_use(f, msg):
     with pytest.raises((ValueError,TypeError), match=msg): f()
+
+def test_the_classifier_is_judged_in_full_precision(monkeypatch):
+    "Also on a GPU, where features would be halved: its answers are what is compared"
+    from self_supervised import protocols
+    seen,real = [],protocols.extract_features
+    monkeypatch.setattr(protocols, 'extract_features', lambda *args, **kw: seen.append(kw['half']) or real(*args, **kw))
+    x = torch.randint(0, 256, (12,3,8,8), dtype=torch.uint8)
+    dls = tensor_dls((x, torch.arange(12)%2), (x, torch.arange(12)%2), bs=4, device='cpu')
+    sgd_probe(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), dls, epochs=1, bs=4)
+    assert len(seen)==2 and not any(o or o is None for o in seen)

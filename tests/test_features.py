@@ -1,5 +1,6 @@
 "What real loaders do to features: order, names of classes, ranges, numbers that are none"
-import random
+import random, types
+from contextlib import nullcontext
 
 import numpy as np, pytest, torch, torch.utils.data as td
 from fastai.callback.data import PartialDL, WeightedDL
@@ -11,16 +12,20 @@ from fastai.learner import Learner
 from fastai.torch_core import TensorImage
 from PIL import Image
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import ToTensor
 
+from self_supervised import features
 from self_supervised.data import image_dls, tensor_dls
+from self_supervised.dist import rank
 from self_supervised.encoders import encoder_dim
 from self_supervised.evaluation import OnlineKNN, OnlineProbe, evaluate, extract_features, fine_tune, knn, linear_probe, sgd_probe
 from self_supervised.features import class_names, first_batch, image_ids, in_order, n_items
 from self_supervised.probes import dataset_labels, ready_labels, renumber
 
 from methods import learner, model, quiet
+from processes import on_ranks
 
 class Mean(nn.Module):
     "Mean colour"
@@ -295,3 +300,94 @@ def test_out_of_memory_is_said_as_it_is():
         with pytest.raises(RuntimeError, match='memory') as got: encoder_dim(Full(), n_in=3)
         assert got.value is e
     with pytest.raises(ValueError, match='does not run on images'): encoder_dim(nn.Linear(3,3), n_in=1)
+
+
+# A GPU, which is pretended: fake tensors have a device and no values, and refuse whatever would read one
+
+class Asked(nn.Module):
+    "An encoder that says what it got"
+    def __init__(self, dtype=torch.float32): super().__init__(); self.net,self.seen = nn.Linear(48, 7, dtype=dtype, device='cuda'),[]
+    def forward(self, x): self.seen.append((x.device.type, len(x))); return self.net(x.flatten(1))
+
+@pytest.fixture
+def card(monkeypatch):
+    "Calls to the streams of the card, and the precision that was asked for"
+    said = []
+    class Event:
+        def synchronize(self): said.append('wait')
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda d: types.SimpleNamespace(record_event=lambda: said.append('sent') or Event()))
+    monkeypatch.setattr(torch, 'autocast', lambda kind, dtype=None, enabled=True: said.append((kind, dtype, enabled)) or nullcontext())
+    monkeypatch.setattr(features, 'check_finite_rows', lambda *args: None) # of what is on the CPU
+    return said
+
+@pytest.mark.parametrize('half,dtype,halves', [(None,torch.float32,True), (False,torch.float32,False), (True,torch.float32,True), (None,torch.float16,True), (None,torch.float64,False)])
+def test_half_on_a_gpu(card, half, dtype, halves):
+    "Unless it is told otherwise; a batch is fetched while the next one is computed, and labels at the end"
+    with FakeTensorMode():
+        m = Asked(dtype)
+        m.seen = card
+        f,t = extract_features(m, [(torch.empty(5,3,4,4, dtype=torch.uint8), torch.empty(5, dtype=torch.long, device='cuda')) for _ in range(3)], half=half)
+    assert f.dtype==(torch.float16 if halves else torch.float32) and f.shape==(15,7) and f.device.type==t.device.type=='cpu' and len(t)==15
+    asked = ('cuda',5)
+    assert card==[('cuda',torch.float16,halves), asked,'sent', asked,'wait','sent', asked,'wait','sent', 'wait']
+
+def test_no_half_on_a_cpu(): assert extract_features(Mean(), [x])[0].dtype==torch.float32
+
+@pytest.mark.parametrize('known', [True,False])
+def test_rows_that_come_later(monkeypatch, known):
+    "What arrives only when it is waited for stands in its place, also where nobody said how many there are"
+    want,left = extract_features(Mean(), [x])[0],[]
+    def sent(t):
+        res = torch.full_like(t, torch.nan)
+        left.append(t)
+        assert len(left)<3 # the one before is all that waits
+        return res,lambda: left.remove(next(o for o in left if o is t)) or res.copy_(t)
+    monkeypatch.setattr(features, '_sent', sent)
+    batches = list(x.split(4))
+    assert torch.equal(extract_features(Mean(), batches if known else iter(batches))[0], want) and not left
+
+# Several processes
+
+class Normed(nn.Module):
+    def __init__(self): super().__init__(); self.bn,self.seen = nn.BatchNorm1d(3),0
+    def forward(self, x): self.seen += len(x); return self.bn(x.mean((2,3)))
+
+def _made_together(folder):
+    "Features, labels and how many images it has seen, for loaders of fastai and PyTorch, shuffled; a list; and fewer images than processes"
+    r = rank()
+    m,res = Normed(),[]
+    with torch.no_grad(): m.bn.running_mean += .1+r; m.bn.num_batches_tracked += r
+    for dl in (tensor_dls((x,y), bs=4, device='cpu').train, td.DataLoader(ds, 4, shuffle=True), td.DataLoader(ds, 4, sampler=td.WeightedRandomSampler(w, 50)), Last(ds, bs=2), [(x,y)], td.DataLoader(td.Subset(ds, [3]), 4)):
+        m.seen = 0
+        f,t = extract_features(m, dl, all_ranks=True)
+        res.append((f, t, m.seen))
+    assert m.bn.running_mean[0]==pytest.approx(.1+r) and m.bn.num_batches_tracked==r # its own, as before
+    alone = extract_features(m, td.DataLoader(ds, 4))[0] # nobody else has to come
+    return res,alone
+
+def test_features_are_made_together(tmp_path):
+    "Each process makes a part, with the encoder of the first one, and all have all; a list and too few images are made by each"
+    a,b = on_ranks(_made_together, tmp_path, 2)
+    (ra,alone),(rb,_) = a,b
+    for i,((f,t,n1),(f2,t2,n2)) in enumerate(zip(ra, rb)):
+        ids = [18,19,20] if i==3 else [3] if i==5 else range(n)
+        torch.testing.assert_close(f, alone[ids], atol=1e-6, rtol=1e-5)
+        if i<4: assert torch.equal(f, f2) and {n1,n2}=={len(ids)//2, len(ids)-len(ids)//2}
+        else: assert n1==n2==len(ids)
+        assert torch.equal(t, y[ids]) and torch.equal(t, t2)
+
+@pytest.mark.parametrize('sizes', [[3,3], [1,4,2]])
+def test_rows_are_joined_in_blocks(monkeypatch, sizes):
+    "Blocks of one row and more, of processes that have more or fewer; here the others are pretended"
+    rows = torch.arange(sum(sizes)*2.).view(-1,2)
+    parts = [0, *torch.tensor(sizes).cumsum(0).tolist()]
+    at = [0]
+    def gather(t, ns):
+        assert len(t)==ns[0]
+        at.append(at[-1]+max(ns))
+        return torch.cat([rows[a+at[-2]:a+at[-2]+n] for a,n in zip(parts, ns)])
+    monkeypatch.setattr(features, 'all_gather', gather)
+    for block in (2**26, 2, 4):
+        at[:] = [0]
+        monkeypatch.setattr(features, '_block', block, raising=False)
+        assert torch.equal(features._joined(rows[:sizes[0]], parts, 'cpu'), rows)

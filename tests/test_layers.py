@@ -575,3 +575,28 @@ def test_checkpoint_encoder_refuses(make, err, msg):
 
 def test_checkpoint_encoder_wrong_chunks():
     with pytest.raises(ValueError, match='checkpoint_nchunks=0'): checkpoint_encoder(enc('xresnet18'), 0)
+
+@pytest.mark.parametrize('warm', [False,True])
+def test_checkpointed_and_compiled(warm):
+    "Two sizes before one backward pass, as views are: gradients and statistics of a plain encoder, whether it has run before it is compiled or not; what is around it is compiled"
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3,8,3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8,8,3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    body,graphs = checkpoint_encoder(deepcopy(plain)),[]
+    xs = torch.rand(4,3,16,16),torch.rand(4,3,12,12)
+    def step(m): sum(m(x).sum() for x in xs).backward()
+    if warm: step(body); step(plain)
+    def backend(gm, inputs):
+        graphs.append([n.target for n in gm.graph.nodes])
+        return gm
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.body = body
+        def forward(self, x): return nn.functional.softplus(self.body(x))
+    net = torch.compile(Net(), backend=backend)
+    for _ in range(2): step(net); step(nn.Sequential(plain, nn.Softplus()))
+    for a,b in zip(body.parameters(), plain.parameters()): torch.testing.assert_close(a.grad, b.grad)
+    for a,b in zip(body.buffers(), plain.buffers()): torch.testing.assert_close(a, b)
+    assert any('softplus' in str(t) for o in graphs for t in o) and not any('batch_norm' in str(t) for o in graphs for t in o)
+    with torch.no_grad(): net.eval()(xs[0])
+    assert any('batch_norm' in str(t) for o in graphs for t in o) # without gradients nothing runs twice
+    with pytest.raises(Exception, match='leave fullgraph=True out'): torch.compile(body.train(), backend='eager', fullgraph=True)(xs[0])

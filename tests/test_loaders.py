@@ -390,3 +390,9 @@ def test_processes_have_loaders_of_their_own(tmp_path):
         assert not torch.equal(a[k]['first'], b[k]['first']) and a[k]['calls']
         assert a[k]['asked']==b[k]['asked']==(k in ('asked','uneven'))
     assert a['asked']['losses']==a['told']['losses'] and a['told']['steps']==6 and a['loader']['steps']==8
+
+def test_batches_are_sent_without_waiting(monkeypatch):
+    said = []
+    monkeypatch.setattr('self_supervised.loaders.to_device', lambda b, device, non_blocking=False: said.append((device.type, non_blocking)) or b)
+    list(loader_dls([torch.zeros(2,3,4,4)]*2, device=torch.device('meta')).train)
+    assert said==[('meta',True)]*2

@@ -2,8 +2,12 @@
 import itertools, math
 
 import numpy as np, pytest, torch
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from self_supervised import neighbors
 from self_supervised.neighbors import duplicate_threshold, find_duplicates, find_outliers, find_similar, nearest
 from self_supervised.selection import cluster, select
 
@@ -189,3 +193,76 @@ def test_a_large_set_is_drawn_from(monkeypatch):
 
 def test_copies_are_chosen_once():
     for how in ('typical','k-centre'): assert len(select(torch.ones(20, 3), 5, labelled=[0], how=how).unique())==5
+
+
+# A GPU, which is pretended: fake tensors have a device and no values, and refuse whatever would read one
+
+@pytest.fixture
+def memory(monkeypatch):
+    "Free memory of the card, in GB"
+    def _set(gb): monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda d: (int(gb*1e9), int(gb*1e9)))
+    _set(75)
+    return _set
+
+def test_blocks_and_bank_on_a_gpu(memory):
+    "Blocks, and a bank that is sent once if half of the memory has room for it"
+    cuda = torch.device('cuda')
+    for gb,rows in ((75,16384), (10,4096), (1,4096), (600,32768)):
+        memory(gb)
+        assert neighbors._blocks(None, cuda)==rows and rows**2*4<=max(gb*1e9/64, 4096**2*4)
+    assert neighbors._blocks(None, torch.device('cpu'))==4096 and neighbors._blocks(7, cuda)==7
+    with FakeTensorMode():
+        x = torch.empty(1_280_000, 2048, dtype=torch.float16) # 5.2 GB
+        for gb,there in ((80,'cuda'), (10,'cpu')):
+            memory(gb)
+            assert neighbors._there(x, cuda).device.type==there
+        assert neighbors._there(x, torch.device('cpu')) is x
+
+class Bytes(TorchDispatchMode):
+    "Bytes sent to the card, and those of the largest new tensor there"
+    def __init__(self): super().__init__(); self.sent,self.most = 0,0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        res = func(*args, **(kwargs or {}))
+        if isinstance(res, torch.Tensor) and res.is_cuda:
+            there = [o for o in tree_leaves((args, kwargs or {})) if isinstance(o, torch.Tensor)]
+            if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default) and not there[-1].is_cuda: self.sent += res.nbytes
+            self.most = max(self.most, res.nbytes)
+        return res
+
+@pytest.mark.parametrize('gb,sent', [(75,1), (4,7)])
+@pytest.mark.parametrize('own', [False,True])
+def test_nearest_on_a_gpu(memory, own, gb, sent):
+    "Nobody waits for it, and the bank is sent once; where it has no room, once for every block of queries"
+    memory(gb)
+    with FakeTensorMode(), Bytes() as b:
+        x,q = torch.empty(200_000, 2048, dtype=torch.float16),torch.empty(28_000, 2048, dtype=torch.float16)
+        if gb==4: x = torch.empty(1_280_000, 2048, dtype=torch.float16)
+        sims,near = neighbors.nearest(x, q, 20, torch.arange(len(q)) if own else None, device='cuda')
+        assert sims.shape==near.shape==(28_000,20) and sims.device.type=='cuda' and sims.dtype==torch.float32
+        assert sent*x.nbytes<=b.sent<=sent*x.nbytes*(1 if gb==75 else 2)+1.1*q.nbytes and b.most<=max(16384**2*4, x.nbytes)
+        if gb==75:
+            b.sent = 0
+            neighbors.nearest(x, x, 20, torch.arange(len(x)), device='cuda')
+            assert b.sent<1.01*x.nbytes # queries and bank are one
+
+@pytest.mark.parametrize('chunk', [7,100])
+def test_halves(monkeypatch, chunk):
+    "Rows of 16 bits are multiplied as they are, and their lengths taken out afterwards"
+    torch.manual_seed(0)
+    x,q = (torch.randn(n, 9).mul(5).half() for n in (50,11))
+    set_ = []
+    class Seen:
+        def __setattr__(self, k, v): set_.append((k,v)); self.__dict__[k] = v
+    seen = Seen(); seen.__dict__['fp32_precision'] = 'ieee'
+    monkeypatch.setattr(torch.backends.cuda, 'matmul', seen)
+    monkeypatch.setattr(neighbors, '_halves', lambda *args: True)
+    sims,near = neighbors.nearest(x, q, 4, chunk=chunk)
+    assert {v for _,v in set_}=={'tf32','ieee'} and seen.fp32_precision=='ieee'
+    want = F.normalize(q.double())@F.normalize(x.double()).T
+    torch.testing.assert_close(sims.double(), want.topk(4).values, atol=1e-6, rtol=0)
+    assert torch.equal(near, want.topk(4).indices)
+
+def test_what_tensor_cores_multiply_exactly():
+    h,f = torch.zeros(1, dtype=torch.float16),torch.zeros(1)
+    assert neighbors._halves(h, h, torch.device('cuda'))
+    assert not any(neighbors._halves(*o) for o in ((h,f,torch.device('cuda')), (f,h,torch.device('cuda')), (h,h,torch.device('cpu'))))

@@ -201,3 +201,10 @@ def test_two_processes(tmp_path):
     assert a[1]==b[1] and [o[2] for o in a[1]]==a[2]
     for judged,plain in ((a,plain_a), (b,plain_b)):
         assert all(torch.equal(v, plain[0][k]) for k,v in judged[0].items()) and [o[:2] for o in judged[1]]==[o[:2] for o in plain[1]]
+
+def test_all_processes_judge_together():
+    "Each makes a part of the features"
+    seen,cb = [],OnlineKNN(labelled(), k=5)
+    cb.judge = partial(lambda *args, k, temp, **kwargs: seen.append(kwargs) or .5, k=5, temp=.07)
+    fit('swav', [cb], epochs=1)
+    assert seen==[dict(all_ranks=True)] and cb.history==[[0,.5]]

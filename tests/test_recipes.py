@@ -53,7 +53,7 @@ def test_official_swav(name):
     common = dict(temp=.1, eps=.05, n_sinkh_iter=3, n_protos=3000, projection_size=128, jitter_s=1., jitter_p=.8, bw_p=.2, blur_p=.5, blur_s=(.1,2.))
     assert common.items()<=s.items()
     assert s['hidden_size']==(10240 if 'RN50w5' in name else 8192 if 'RN50w' in name else 2048) and s['arch']==('resnet50'+name[9:11] if 'RN50w' in name else 'resnet50')
-    assert (r.opt,r.wd,r.mom,r.wd_bn_bias,r.precision,r.pool_type)==('larc',1e-6,.9,True,'fp16','avg')
+    assert (r.opt,r.wd,r.mom,r.wd_bn_bias,r.precision,r.pool_type)==('larc',1e-6,.9,True,'auto','avg')
     assert s['stats']==([.485,.456,.406],[.228,.224,.225]) and s['fastai_init'] is False # as in multicropdataset.py; nn.Linear as PyTorch draws it
 
 # name: crops, areas, epochs, top-1; from the scripts of DeepCluster-v2 and the table of released weights
@@ -323,6 +323,20 @@ def test_half_precision_only_on_a_gpu():
     learn = get_recipe('swav_100ep', **tiny).learner(tensor_dls(images(16), bs=8, device='cpu'), encoder())
     assert not any(type(o).__name__=='MixedPrecision' for o in learn.cbs)
 
+@pytest.mark.parametrize('given,new,want', [('auto',True,'bf16'), ('auto',False,'fp16'), ('fp16',True,'fp16'), ('bf16',False,'bf16'), ('fp32',True,None)])
+def test_precision_of_a_gpu(monkeypatch, given, new, want):
+    "bf16 where the card computes in it, not where it is imitated; what was asked for comes first; and weights lie as the views do. The GPU is pretended"
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: new or including_emulation)
+    dls = tensor_dls(images(16), bs=8, device='cpu')
+    r,cpu = get_recipe('swav_100ep', **tiny, precision=given),get_recipe('swav_100ep', **tiny, precision=given).learner(dls, encoder())
+    dls.device = torch.device('cuda')
+    learn = r.learner(dls, encoder())
+    modes = [o.amp_mode.value for o in learn.cbs if type(o).__name__=='MixedPrecision']
+    assert modes==([want] if want else []) and r.precision_on('cuda:0')==(want or 'fp32') and r.precision_on('cpu')=='fp32'
+    convs = [[m.weight for m in o.model.modules() if isinstance(m, nn.Conv2d)] for o in (learn, cpu)]
+    assert convs[0] and all(o.is_contiguous(memory_format=torch.channels_last) for o in convs[0])
+    assert all(o.is_contiguous() for o in convs[1]) and not any(type(o).__name__=='MixedPrecision' for o in cpu.cbs)
+
 def test_suggest_follows_its_rules(capsys):
     s = get_recipe('swav_200ep').suggest(1_281_167, 256, gpus=64)
     assert s.settings=={**get_recipe('swav_200ep').settings} and capsys.readouterr().out==''
@@ -362,7 +376,7 @@ def test_activations_of_a_real_step():
     (lambda: get_recipe('simclr_small', K=5), 'K is no setting of a simclr recipe'),
     (lambda: Recipe('x', 'mae'), "method='mae' is not registered; there are"),
     (lambda: Recipe('x', 'swav', opt='adamw'), "opt='adamw' must be one of larc, lars, sgd, adam"),
-    (lambda: Recipe('x', 'swav', precision='half'), "precision='half' must be fp16, bf16 or fp32"),
+    (lambda: Recipe('x', 'swav', precision='half'), "precision='half' must be auto, fp16, bf16 or fp32"),
     (lambda: get_recipe('swav_100ep', num_heads=0), 'num_heads=0 must be a whole number'), (lambda: get_recipe('swav_100ep', num_heads=6.), 'num_heads=6.0 must be a whole number'),
     (lambda: get_recipe('swav_100ep', lr=0), 'lr=0 must be positive'), (lambda: get_recipe('swav_100ep', lr=math.nan), 'lr=nan must be positive'),
     (lambda: get_recipe('swav_100ep', epochs=10, warmup_epochs=10), 'warmup_epochs=10 must be fewer than epochs=10'),
