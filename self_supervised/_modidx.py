@@ -44,6 +44,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'self_supervised.basics.is_empty': ('basics.html#is_empty', 'self_supervised/basics.py'),
                                         'self_supervised.basics.loader_facts': ('basics.html#loader_facts', 'self_supervised/basics.py'),
                                         'self_supervised.basics.not_finite': ('basics.html#not_finite', 'self_supervised/basics.py'),
+                                        'self_supervised.basics.outside_autocast': ( 'basics.html#outside_autocast',
+                                                                                     'self_supervised/basics.py'),
                                         'self_supervised.basics.rng_states': ('basics.html#rng_states', 'self_supervised/basics.py'),
                                         'self_supervised.basics.set_rng_states': ( 'basics.html#set_rng_states',
                                                                                    'self_supervised/basics.py'),

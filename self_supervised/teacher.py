@@ -62,7 +62,9 @@ class EMATeacher(nn.Module):
         "Move towards the student"
         mine,others = self._pairs(model, nn.Module.parameters)
         torch._foreach_lerp_(mine, others, 1-m)
-        if (buffers := self._pairs(model, nn.Module.buffers))[0]: torch._foreach_copy_(*buffers)
+        alike = {} # of one type go to a GPU together
+        for t,o in zip(*self._pairs(model, nn.Module.buffers)): alike.setdefault(t.dtype, []).append((t,o))
+        for ts in alike.values(): torch._foreach_copy_(*zip(*ts))
         self.updates += 1
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 "The losses of a GPU are noted when they have come, and are what they would have been"
 import random
+from types import SimpleNamespace as NS
 
 import pytest, torch
 from fastai.callback.core import Callback, CancelFitException, CancelTrainException
@@ -87,6 +88,12 @@ def test_lr_find_sees_every_loss(monkeypatch):
     gpu(monkeypatch)
     got = fit(run=run)
     assert got.found==want.found and set(got.lag.late)=={0}
+
+def test_who_may_be_late():
+    "The losses of a GPU in training, if nobody needs them at once"
+    def late(training=True, cuda=True, metrics=False, cbs=()):
+        return dist._can_be_late(NS(training=training, train_metrics=metrics, learn=NS(loss=NS(is_cuda=cuda), cbs=cbs)))
+    assert late() and not (late(training=False) or late(cuda=False) or late(metrics=True) or late(cbs=[LRFinder()]))
 
 def test_training_metrics_see_every_loss(monkeypatch):
     def run(learn, n):

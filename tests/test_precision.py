@@ -42,3 +42,12 @@ def test_models_of_another_type(name, dtype):
     m = model(name).to(dtype)
     x = [torch.rand(4,1,12,12, dtype=dtype)]*2
     assert {o.dtype for o in m(x)}=={dtype}
+
+@pytest.mark.parametrize('name', scored)
+def test_one_graph_and_no_values_needed(name):
+    "torch.compile makes one graph of the head, and the `meta` device will do, which knows no autocast"
+    m = model(name)
+    z = torch.rand(4, 8)
+    with torch.autocast('cpu', torch.bfloat16): a,b = m.score(z),torch.compile(m.score, backend='eager', fullgraph=True)(z)
+    for s,t in zip(a, b): assert torch.equal(s, t)
+    assert all(o.is_meta for o in m.to('meta')([torch.rand(2,1,12,12, device='meta')]*2))

@@ -7,11 +7,12 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Recorder
 from fastai.optimizer import Adam
 from fastcore.foundation import L
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from methods import callback, learner, methods, quiet
+from methods import callback, learner, methods, model, quiet
 from self_supervised.optimizer import LARC, LARS
 from self_supervised.sinkhorn import sinkhorn_knopp
 from self_supervised.vision import lejepa
@@ -116,3 +117,20 @@ def test_blocks_of_a_device(loss, at_once, monkeypatch):
             if (res := loss(z)).ndim==0: res.backward()
         if n==512: assert c.n<=at_once
         assert c.n<=at_once*n**2/2**18 and c.largest<=max(2**24, res.numel())
+
+class Together(TorchDispatchMode):
+    "Types of the tensors that are worked on together, and how many these are"
+    def __init__(self): super().__init__(); self.seen = []
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if 'foreach' in str(func): self.seen.append(({o.dtype for o in args[0]}, len(args[0])))
+        return func(*args, **(kwargs or {}))
+
+def test_teacher_follows_in_few_operations():
+    "Lists of mixed types would be taken tensor by tensor on a GPU"
+    m = model('byol', enc=nn.Sequential(*(nn.Sequential(nn.Conv2d(c,4,1), nn.BatchNorm2d(4)) for c in (1,4,4)), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    with Together() as t: m.teacher.update(m, .9)
+    n = len([*m.teacher.encoder.buffers(), *m.teacher.projector.buffers()])
+    assert [len(o) for o,_ in t.seen]==[1]*3 and sorted(k for _,k in t.seen)[0]==n//3 and n>9
+    m.train(); m([torch.rand(4,1,6,6)])
+    m.teacher.update(m, .9)
+    for a,b in zip([*m.teacher.encoder.buffers(), *m.teacher.projector.buffers()], [*m.encoder.buffers(), *m.projector.buffers()]): assert torch.equal(a, b)

@@ -19,6 +19,7 @@ from fastcore.meta import delegates
 from fastai.layers import apply_init
 
 from ..augmentations import crop_kinds, get_batch_augs
+from ..basics import outside_autocast
 from ..core import SSLCallback
 from ..dist import all_gather, all_mean, all_reduce, rank, world_size
 from ..layers import create_mlp_module, encoder_dim
@@ -70,10 +71,8 @@ class ClusterModel(nn.Module):
         feats:Tensor, # (B,F) features of the encoder
     ) -> tuple: # projections (B,D) of unit length, and scores (B,H,K)
         "What features become: projections, and their scores"
-        z = self.projector(feats)
-        with torch.autocast(z.device.type, enabled=False): # half precision would round scores, and labels with them
-            z = F.normalize(z.to(self.prototypes.weight.dtype), dim=1)
-            return z, self.prototypes(z).view(len(z), self.n_heads, -1)
+        z = self.projector(feats).to(self.prototypes.weight.dtype)
+        with outside_autocast(z): return (z := F.normalize(z, dim=1)), self.prototypes(z).view(len(z), self.n_heads, -1) # half precision would round scores, and labels with them
 
 class DeepClusterModel(ClusterModel):
     "A `ClusterModel` whose prototypes are set by k-means, and do not learn"

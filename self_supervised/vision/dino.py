@@ -21,6 +21,7 @@ from fastai.torch_core import show_image, subplots
 from fastai.vision.core import imagenet_stats
 
 from ..augmentations import crop_kinds, get_asymmetric_aug_pipelines, get_batch_augs, get_multi_aug_pipelines
+from ..basics import outside_autocast
 from ..core import SSLCallback, encoder_of
 from ..dist import all_mean, all_reduce
 from ..layers import encoder_dim
@@ -73,7 +74,7 @@ class _Directions(nn.Module):
         return w if self.weight_g is None else self.weight_g*w
 
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False): return F.linear(x.to(self.weight_v.dtype), self.weight) # half precision would round scores by more than a low temperature bears
+        with outside_autocast(x): return F.linear(x.to(self.weight_v.dtype), self.weight) # half precision would round scores by more than a low temperature bears
 
 class DINOHead(nn.Module):
     "From features to scores of K classes"
@@ -101,7 +102,7 @@ class DINOHead(nn.Module):
     ) -> Tensor: # (B,D)
         "Projections of unit length"
         z = self.mlp(feats)
-        with torch.autocast(z.device.type, enabled=False): return F.normalize(z.to(self.last_layer.weight_v.dtype), dim=1)
+        with outside_autocast(z): return F.normalize(z.to(self.last_layer.weight_v.dtype), dim=1)
 
     def forward(self,
         feats:Tensor, # (B,F)

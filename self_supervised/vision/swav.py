@@ -17,7 +17,7 @@ from fastcore.meta import delegates
 from fastai.layers import apply_init
 
 from ..augmentations import crop_kinds, get_batch_augs, get_multi_aug_pipelines
-from ..basics import loader_facts, warn_once
+from ..basics import loader_facts, outside_autocast, warn_once
 from ..core import SSLCallback
 from ..dist import all_mean, world_size
 from ..layers import create_mlp_module, encoder_dim
@@ -76,10 +76,8 @@ class SwAVModel(nn.Module):
         feats:Tensor, # (B,F) features of the encoder
     ) -> tuple: # projections (B,D) of unit length, and scores (B,K)
         "What features become: projections, and their scores"
-        z = self.projector(feats)
-        with torch.autocast(z.device.type, enabled=False): # half precision would round scores by more than small differences of temperature count
-            z = F.normalize(z.to(self.prototypes.weight.dtype), dim=1)
-            return z, self.prototypes(z)
+        z = self.projector(feats).to(self.prototypes.weight.dtype)
+        with outside_autocast(z): return (z := F.normalize(z, dim=1)), self.prototypes(z) # half precision would round scores, and change one code in a hundred
 
 # %% ../../nbs/40_vision.swav.ipynb #26d30935
 def create_swav_model(
