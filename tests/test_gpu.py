@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import self_supervised, test_checkpoint, test_dist
+from self_supervised import pixels, views as views_module
 from self_supervised.augmentations import *
 from self_supervised.checkpoint import load_encoder
 from self_supervised.core import ssl_callback
@@ -89,10 +90,13 @@ class DrawnOnCPU(TorchFunctionMode):
         return func(*args, **kwargs).to(device)
 
 def on(device, pipes, x, make=make_views):
-    "Views of `x` on `device`, with the draws of a CPU, back on the CPU"
+    "Views of `x` on `device`, with the draws of a CPU, back on the CPU; a CPU in place of a card works as devices do"
     set_seed(7)
     before = torch.cuda.get_rng_state() if on_card else None
-    with DrawnOnCPU(): views = make(pipes, x.to(device))
+    with DrawnOnCPU(), pytest.MonkeyPatch.context() as mp:
+        if device is not cpu and not on_card:
+            for o in (pixels, views_module): mp.setattr(o, 'one_by_one', lambda x: False)
+        views = make(pipes, x.to(device))
     assert all(v.device.type==device.type and v.dtype==torch.float32 for v in views)
     assert not on_card or torch.equal(before, torch.cuda.get_rng_state()), 'something was drawn on the card, where DrawnOnCPU does not see it'
     return [v.cpu() for v in views]
