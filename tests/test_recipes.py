@@ -328,13 +328,15 @@ def test_precision_of_a_gpu(monkeypatch, given, new, want):
     "bf16 where the card computes in it, not where it is imitated; what was asked for comes first; and weights lie as the views do. The GPU is pretended"
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: new or including_emulation)
     dls = tensor_dls(images(16), bs=8, device='cpu')
-    r,cpu = get_recipe('swav_100ep', **tiny, precision=given),get_recipe('swav_100ep', **tiny, precision=given).learner(dls, encoder())
+    def two(): return nn.Sequential(nn.Conv2d(1,4,3), nn.Conv2d(4,8,3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    r   = get_recipe('swav_100ep', **tiny, precision=given)
+    cpu = r.learner(dls, two())
     dls.device = torch.device('cuda')
-    learn = r.learner(dls, encoder())
+    learn = r.learner(dls, two())
     modes = [o.amp_mode.value for o in learn.cbs if type(o).__name__=='MixedPrecision']
     assert modes==([want] if want else []) and r.precision_on('cuda:0')==(want or 'fp32') and r.precision_on('cpu')=='fp32'
     convs = [[m.weight for m in o.model.modules() if isinstance(m, nn.Conv2d)] for o in (learn, cpu)]
-    assert convs[0] and all(o.is_contiguous(memory_format=torch.channels_last) for o in convs[0])
+    assert len(convs[0])==2 and not convs[0][1].is_contiguous() and all(o.is_contiguous(memory_format=torch.channels_last) for o in convs[0])
     assert all(o.is_contiguous() for o in convs[1]) and not any(type(o).__name__=='MixedPrecision' for o in cpu.cbs)
 
 def test_suggest_follows_its_rules(capsys):
