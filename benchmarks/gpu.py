@@ -174,9 +174,8 @@ def losses():
     for n in (256,4096):
         _row(f'NT-Xent, 2 views of {n}', partial(grad_of, nt_xent_loss, unit(2*n).requires_grad_()))
         s,q = (.3*torch.randn(8, n, 3000, device=dev)).requires_grad_(),(5*torch.rand(2, n, 3000, device=dev)).softmax(2)
-        _row(f'swapped loss, 8 views of {n}, 3000 prototypes', partial(grad_of, lambda s: swav_loss(s, q, [0,1], .1), s))
+        _row(f'swapped loss, 8 views of {n}, 3000 prototypes', partial(grad_of, lambda s, q=q: swav_loss(s, q, [0,1], .1), s))
         _row(f'Sinkhorn, {n} × 3000, 3 rounds', partial(sinkhorn_knopp, s.detach()[0], .05, 3))
-        del s,q
     for nm,f in (('Barlow Twins',barlow_twins_loss), ('VICReg',vicreg_loss)):
         z = torch.randn(2, bs, 8192, device=dev).requires_grad_()
         _row(f'{nm}, 2 views of {bs}, 8192 features', partial(grad_of, f, z))

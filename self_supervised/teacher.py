@@ -72,7 +72,7 @@ class EMATeacher(nn.Module):
         model:nn.Module, # the student
     ):
         "Become a copy of the student, if this teacher has never moved: the student may have been given other weights"
-        if not self.updates: self.update(model, 0.), self.updates.zero_()
+        if self.updates.is_meta or not self.updates: self.update(model, 0.), self.updates.zero_() # on `meta` there are no numbers, only sizes
 
 # %% ../nbs/25_teacher.ipynb #a0bb0d04
 def mean_cosine(

@@ -16,7 +16,6 @@ from fasttransform import Pipeline, compose_tfms
 from fastai.torch_core import TensorBase
 
 from .kernels import blur_mix, has_kernels
-from .packed import PackedImages
 from .pipelines import assert_aug_pipelines, check_view_ids, make_views, show_views
 from .pixels import apply_where, crops_at_once, crops_one_by_one, full_precision, one_by_one
 from .pixels import gaussian_kernel, jitter_weights, mix_colors, to_gray

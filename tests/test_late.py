@@ -7,7 +7,6 @@ from fastai.callback.core import Callback, CancelFitException, CancelTrainExcept
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import LRFinder # noqa: F401 (patches lr_find into Learner)
 from fastai.data import load
-from fastai.learner import Recorder
 from fastai.torch_core import set_seed
 from torch import Tensor
 
