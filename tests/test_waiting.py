@@ -58,7 +58,7 @@ class MetaSteps(Callback):
     def before_batch(self):
         learn = self.learn
         if self.steps or not learn.training or learn.train_iter<2: return
-        model,opt,cb = learn.model,learn.opt,next(o for o in learn.cbs if type(o) in {m.callback for m in methods.values()})
+        model,cb = learn.model,next(o for o in learn.cbs if type(o) in {m.callback for m in methods.values()})
         learn.model = model.to('meta')
         learn.opt   = None
         learn.create_opt()
