@@ -187,8 +187,9 @@ def jitter_weights(
         hue = a.cos()*eye + (1-a.cos())/3 + a.sin()/3**.5*(eye.roll(1,0)-eye.roll(-1,0))
     else: sat = hue = eye.expand(len(factors),c,c)
     D,M = [b*eye, k*eye, sat, hue],[b*eye, _toward_gray(k), sat, hue]
-    ops,res,ids = torch.stack([torch.stack(D), torch.stack(M)]),eye,torch.arange(len(factors), device=factors.device) # ops (2,4,B,c,c)
-    for step in order.T: res = ops[:,step,ids] @ res # (2,B,c,c): the operation that is next in each image, after those before it
+    ops = torch.stack([torch.stack(D), torch.stack(M)])[:,order.T,torch.arange(len(factors), device=factors.device)] # (2,4,B,c,c), in the order of each image
+    res = ops[:,0]
+    for o in ops.unbind(1)[1:]: res = o @ res # (2,B,c,c)
     return torch.cat([*res], 2)
 
 @full_precision
