@@ -162,7 +162,8 @@ def steps(cases, n=12, rounds=2):
     "A row of each case, and the part of views in it"
     rows = []
     for name,images,amp in cases:
-        gb = {}
+        forms,views,gb = {},None,{}
+        gc.collect(); torch.cuda.empty_cache() # what the case before has left
         def _clock(f):
             torch.cuda.reset_peak_memory_stats()
             before,s = torch.cuda.memory_allocated(),f()
@@ -175,8 +176,6 @@ def steps(cases, n=12, rounds=2):
         above = {o: gb[f] for o,f in forms.items()}
         rows.append({'encoder': name, 'images': images, 'precision': amp, 'limit, ms': 1e3*s['limit'], 'ours, ms': 1e3*s['ours'], 'images/s': round(bs/s['ours']), 'ours / limit': r['ours'],
                      'views, ms': 1e3*v, 'views / limit': v/s['limit'], 'limit, GB': above['limit'], 'ours, GB': above['ours'], 'memory / limit': above['ours']/above['limit']})
-        del forms, views, gb
-        gc.collect(); torch.cuda.empty_cache()
     return {'Step: 2×224 + 6×96 views, batch 256': rows}
 
 # ---- losses, codes, neighbours

@@ -19,12 +19,12 @@ from zlib import crc32
 
 import torch
 from fastcore.basics import patch
-from fastai.basics import defaults
 from fastai.data.core import DataLoaders
 from fastai.data.load import fa_collate
 from fastai.torch_core import num_distrib
 
 from .basics import check_size, warn_once
+from .data import workers_for
 from .dist import rank, world_size
 from .image_files import ImageFileError, check_color, image_size, open_image
 from .loaders import loader_dls
@@ -213,7 +213,7 @@ def stream_dls(
     label_func:callable=None, # `Sample` → its class, a number, such as `lambda o: int(o.fields['cls'])`; None: no labels
     shuffle:int=10_000, # images of a block that is shuffled; 0: none is, and shards come in their order too
     seed:int=0, # of the order, the same on all processes
-    num_workers:int=None, # threads that decode; None: one a core, at most 8
+    num_workers:int=None, # threads that decode; None: `workers_for(device)`
     skip_bad:bool=True, # skip pictures that cannot be used, and count them; False: an error
     n_in:int=3, # channels: 3 for colour, 1 for grey
     short_side:int=512, # pixels: whole images are shrunk to this shorter side, 16/7 of the largest crop of the views (512 for 224); None: they are not
@@ -242,7 +242,7 @@ def stream_dls(
     how    = dict(size=None if size is None else check_size(size), n_in=n_in, background=check_color(background), short_side=None if size else short_side)
     decode = partial(open_image, **how, max_value=max_value, dtype=torch.uint8 if max_value is None else torch.float32)
     order  = StreamOrder(sizes, seed, max(shuffle, 1), together, shuffle>0)
-    stream = ImageStream(shards, order, bs, decode, n_in, label_func, size is None, None if size else max_aspect, min(8, defaults.cpus) if num_workers is None else num_workers,
+    stream = ImageStream(shards, order, bs, decode, n_in, label_func, size is None, None if size else max_aspect, workers_for(device) if num_workers is None else num_workers,
                          skip_bad, min_side, max_bad, retries)
     stream.opened_with = dict(how, max_value=max_value, min_side=min_side, seed=seed, shuffle=shuffle, together=together, images=n, sizes=crc32(order.sizes.tobytes())) # what a run depends on
     return loader_dls(stream, valid, n//(procs*bs) if steps is None else steps, device=device)

@@ -220,14 +220,14 @@ def test_documented(module):
     assert not res
 
 def test_all():
-    "`from self_supervised.all import *` brings every public name, none hidden by another module's and none that hides one of fastai's; of rooms behind a face what the face hands on, and neither commands nor networks"
+    "`from self_supervised.all import *` brings every public name, none hidden by another module's and none that hides one of fastai's; of rooms behind a face what the face hands on, and neither commands nor networks nor kernels"
     from fastai.vision import all as fastai_all
     ns,listed = {},re.findall(rf'^from {pkg}\.(\w+) import \*', (root/pkg/'all.py').read_text(), re.M)
     exec(f'from {pkg}.all import *', ns)
     faces  = [root/pkg/f'{o}.py' for o in ('data', 'augmentations', 'layers', 'evaluation', 'diagnostics', 'checkpoint')]
     behind = {base.split('.')[1] for f in faces for base,_ in imported(root, f) if base.startswith(f'{pkg}.')}
     for m in modules(root):
-        if m.stem.split('_')[0] in ('cli', 'explore', '') or m.parent.name=='models': continue # '': __main__
+        if m.stem.split('_')[0] in ('cli', 'explore', 'kernels', '') or m.parent.name=='models': continue # '': __main__
         if m.parent.name!='vision' and m.stem not in listed:
             assert m.stem in behind, f'{m.stem} is neither in all.py nor behind a face'
             continue
