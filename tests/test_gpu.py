@@ -221,14 +221,14 @@ def test_compile(name):
 @each_method
 @pytest.mark.parametrize('mode', ['bf16','fp16'])
 def test_half_precision(name, mode):
-    "The first losses are near those of float32, later ones drift apart: bfloat16 has three digits, of which temperatures take one or two"
+    "The first losses are near those of float32, later ones drift apart: bfloat16 has three digits, of which temperatures take one or two, and clusters of rounded features are others"
     learn,seen = learn_on(dev, name, cbs=[MixedPrecision(mode, init_scale=1.)]),set() # a larger one may leave out the first steps
     learn.model.encoder[0].register_forward_hook(lambda m, x, out: seen.add(out.dtype))
     half,full = ten_steps(learn),ten_steps(learn_on(dev, name))
     assert not on_card or dict(bf16=torch.bfloat16, fp16=torch.float16)[mode] in seen
     assert all(o.isfinite().all() for o in half.values())
     off = ((half['losses']-full['losses']).abs()/full['losses'].abs().clamp(min=1))[:3].max()
-    assert off<.05 and (off>0 or not on_card), f'{off:.2g}'
+    assert off<.1 and (off>0 or not on_card), f'{off:.2g}'
 
 
 # ---- What looks on
