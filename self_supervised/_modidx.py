@@ -135,8 +135,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                             'self_supervised.checkpoint._set_grads': ( 'checkpoint.html#_set_grads',
                                                                                        'self_supervised/checkpoint.py'),
                                             'self_supervised.checkpoint._wait': ('checkpoint.html#_wait', 'self_supervised/checkpoint.py'),
-                                            'self_supervised.checkpoint._with_events': ( 'checkpoint.html#_with_events',
-                                                                                         'self_supervised/checkpoint.py'),
                                             'self_supervised.checkpoint._write': ( 'checkpoint.html#_write',
                                                                                    'self_supervised/checkpoint.py')},
             'self_supervised.cli_answers': { 'self_supervised.cli_answers._Answer': ( 'cli_answers.html#_answer',

@@ -87,15 +87,6 @@ def before_fit(self:Checkpoint):
     "Not yet: `validate` comes here too"
     self._give_signals_back() # the last fit may have ended in an error
     self.run,self.running = not hasattr(self.learn, 'lr_finder'),False
-    if self.run: self.learn._with_events = partial(_with_events, self.learn, self.folder)
-
-def _with_events(learn, folder, f, event, *args):
-    "`Learner._with_events`, of an epoch: an error, which no callback hears of, waits for the file too"
-    try: Learner._with_events(learn, f, event, *args)
-    except BaseException:
-        vars(learn).pop('_with_events', None)
-        _wait(folder)
-        raise
 
 @patch
 def _join(self:Checkpoint):
@@ -174,7 +165,6 @@ def after_epoch(self:Checkpoint):
 @patch
 def after_fit(self:Checkpoint):
     "Wait for the last file, all processes for the one that writes, and give the signals back"
-    vars(self.learn).pop('_with_events', None)
     if self._vote: self._vote[1].wait()
     try: _wait(self.folder)
     finally:
