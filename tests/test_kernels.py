@@ -130,3 +130,7 @@ def test_kernels_compile_for_cards(project, tmp_path):
     env = {k:v for k,v in os.environ.items() if k!='TRITON_INTERPRET'} | dict(TRITON_CACHE_DIR=str(tmp_path))
     r = subprocess.run([sys.executable, '-W', 'ignore', '-c', compiled], cwd=project, env=env, capture_output=True, text=True)
     assert r.returncode==0, r.stderr
+
+def test_boxes_that_are_drawn_on_a_card():
+    "A step of its own draws where the images are: nothing of the CPU is mixed in"
+    with FakeTensorMode(): assert rand_boxes(4, 20, 30, device='cuda').device.type=='cuda'
