@@ -292,6 +292,7 @@ def ssl_pretrain(
         except FloatingPointError as e: raise FloatingPointError(f'{e}. Here: --lr with a smaller value, --warmup-epochs with a larger one, --precision fp32' +
             (', and, to go on from that checkpoint, --override lr param_scheduler.lr' if checkpoint.files else '')) from e
         finally:
+            with suppress(OSError): checkpoint.files # which waits for the one that is being written
             for o in out.rglob('*.part') if main else (): # of a disk that was full
                 with suppress(OSError): o.unlink()
     if main and not checkpoint.stopped: save_curves(learn)
