@@ -53,8 +53,15 @@ def make(folder, name='swav', seed=42, dls=None, cb=None, cbs=(), steps=3, keep=
     cb  = callback(name, augs(name)) if cb is None else cb()
     return Learner(dls, methods.model(name, enc=encoder()), cbs=[cb, Checkpoint(folder, minutes=None, steps=steps, keep=keep), *[o() for o in cbs]], path=folder, **kwargs)
 
-def fit(learn, n=3):
+def fit_alone(learn, n=3):
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(n, 1e-2)
+
+def fit(learn, n=3):
+    "After an error, what is still being written is waited for"
+    try: fit_alone(learn, n)
+    except BaseException:
+        if hasattr(learn, 'checkpoint'): learn.checkpoint.files
+        raise
 
 def outcome(learn):
     "Everything that a run leaves behind"
@@ -730,7 +737,7 @@ def test_everybody_waits_for_the_file(tmp_path, monkeypatch, ends):
     held,seen = Held(monkeypatch),[]
     learn = make(tmp_path, steps=4, cbs=[in_step(5, held.began.wait, threading.Timer(.3, held.go.set).start, *([lambda: seen.append(Checkpoint(tmp_path).newest())] if ends=='ask' else []))])
     if ends!='end': learn.add_cb(Die('after_step', 5))
-    with pytest.raises(KeyboardInterrupt) if ends!='end' else nullcontext(): fit(learn, 1)
+    with pytest.raises(KeyboardInterrupt) if ends!='end' else nullcontext(): fit_alone(learn, 1)
     assert [int(o.stem[-9:]) for o in (sorted(tmp_path.glob('*.ckpt')) if ends=='end' else Checkpoint(tmp_path).files)]==[4,5][:1+(ends=='end')]
     assert not checkpoint._writing and (ends!='ask' or seen[0][1]['train_iter']==4)
 
@@ -752,7 +759,7 @@ def _leaves(folder):
     checkpoint.write_atomic = lambda *args: (time.sleep(.5), write(*args))
     learn = make(Path(folder), steps=4)
     learn.add_cb(Die('after_step', 5))
-    fit(learn)
+    fit_alone(learn)
 
 def test_the_end_of_python_waits(tmp_path):
     r = processes.run(_leaves, str(tmp_path), timeout=60)
