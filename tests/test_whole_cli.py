@@ -86,7 +86,7 @@ def test_killed_judged_and_exported(images, tmp_path, quick, capsys):
     assert 'Training on 24 whole images, with a shorter side of 64 pixels at most, in batches of 8, 3 steps an epoch' in capsys.readouterr().out
     p = processes.run('-c', dying, images, tmp_path/'run', json.dumps(args|kw))
     assert p.returncode==-signal.SIGKILL, p.stderr
-    assert 'step000000005' in max(o.name for o in (tmp_path/'run'/'checkpoints').iterdir())
+    assert max(o.name for o in (tmp_path/'run'/'checkpoints').glob('*.ckpt'))[-5-9:-5] in ('000000004','000000005') # the last may not have been whole yet
     assert quick(images, tmp_path/'run', resume=True, **kw)==0
     a,b = (load_encoder(tmp_path/o/'encoder.safetensors').state_dict() for o in ('whole','run'))
     assert all(torch.equal(a[k], b[k]) for k in a)
