@@ -96,7 +96,7 @@ def test_a_card_is_never_waited_for(whole, monkeypatch):
     if not whole:
         with FakeTensorMode(allow_non_fake_inputs=True): views = make_views(pipes, torch.ones(6, 3, 40, 36, dtype=torch.uint8, device='cuda'))
     else:
-        from test_whole_views import NoWaiting
+        from test_waiting import NoWaiting
         for m in (pixels, views_module): monkeypatch.setattr(m, 'has_kernels', lambda x: True)
         monkeypatch.setattr(torch, 'autocast', lambda *args, **kwargs: nullcontext()) # which knows no device `meta`
         x = pack_images([photo(20,24), photo(31,17)]).to('meta')
