@@ -80,7 +80,7 @@ def crops(
     if isinstance(x, PackedImages): pixels,start,to_row,steps = x.pixels,torch.tensor(x.starts)[ids],x.sizes[ids,1]*C,(1,C)
     else: pixels,start,to_row,steps = x,ids*x.stride(0),torch.full_like(ids, x.stride(2)),(x.stride(1),x.stride(3))
     where = torch.cat([torch.stack([start, to_row], 1), boxes], 1).to(x.device, non_blocking=True)
-    flip  = torch.zeros(n, dtype=torch.uint8, device=x.device) if flip is None else flip.view(torch.uint8)
+    flip  = torch.zeros(n, dtype=torch.uint8, device=x.device) if flip is None else flip.contiguous().view(torch.uint8)
     out   = torch.empty(n, h, w, C, device=x.device)
     _launch(_crop, pixels, n, h*w, pixels, where, flip, out, h, w, *steps, 1/255 if x.dtype==torch.uint8 else 1., C=C, C2=_above(C))
     return out.permute(0,3,1,2)
@@ -155,9 +155,9 @@ def blur_mix(
 ) -> Tensor: # (n,C,h,w) float32, channels last in memory
     "Blur, mix channels, keep within [0,1], solarise, normalise"
     n,C,h,w = x.shape
-    x = x.permute(0,2,3,1).contiguous()
+    x,sigma,weights,shift,invert = (o.contiguous() for o in (x.permute(0,2,3,1), sigma, weights, shift, invert.view(torch.uint8))) # kernels count from the first number
     soft,out = torch.empty_like(x),torch.empty_like(x)
     _launch(_blur_columns, x, n, h*w*C, x, sigma, soft, h, w*C, min(radius, h-1))
-    _launch(_blur_rows_mix, x, n, h*w, x, soft, sigma, weights.contiguous(), shift.contiguous(), invert.view(torch.uint8), threshold,
+    _launch(_blur_rows_mix, x, n, h*w, x, soft, sigma, weights, shift, invert, threshold,
             mean, 1/std, out, h, w, min(radius, w-1), C=C, C2=_above(C))
     return out.permute(0,3,1,2)

@@ -134,3 +134,16 @@ def test_kernels_compile_for_cards(project, tmp_path):
 def test_boxes_that_are_drawn_on_a_card():
     "A step of its own draws where the images are: nothing of the CPU is mixed in"
     with FakeTensorMode(): assert rand_boxes(4, 20, 30, device='cuda').device.type=='cuda'
+
+@interpreted
+def test_any_strides():
+    "One number may stand for many in memory, and others lie apart"
+    torch.manual_seed(0)
+    x,box = torch.rand(3,3,9,8),tensor([[1,2,6,5]]).repeat(3,1)
+    one = lambda v: tensor([v]).expand(3)
+    apart = tensor([True,False,False,False,True,False])[::2]
+    views = kernels.crops(x, box, (4,5), apart)
+    torch.testing.assert_close(views, kernels.crops(x, box, (4,5), apart.clone()))
+    rest  = torch.eye(3).expand(3,3,3),torch.rand(1,3).expand(3,3)
+    args  = lambda f: (f(rest[0]), f(rest[1]), f(one(1.)), 2, f(apart), .5, torch.zeros(3), torch.ones(3))
+    torch.testing.assert_close(kernels.blur_mix(views, *args(lambda t: t)), kernels.blur_mix(views, *args(torch.Tensor.contiguous)))
